@@ -1,0 +1,247 @@
+"""Configuration: TOML presets into frozen dataclasses, one section per concern.
+
+A preset holds only what differs from the defaults below, which are the paper's (section numbers in the comments;
+RECIPE decisions marked [D]). ``--set section.key=value`` overrides a single value. An unknown or ill-typed key is a
+``ValueError`` that names the dotted path and the nearest valid one.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+PRESETS = ("smoke", "paper", "released", "hopper")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What is read and how a batch is drawn from it."""
+
+    report_cleaning: Literal["paper", "released"] = "paper"  # punctuation removed (3.1) | only stripped at the ends
+    tokenizer: str = "google/flan-t5-base"  # hub id or directory; "corpus": one trained on the corpus's own reports
+    max_tokens: int = 254  # 3.1: 256 minus room for two specials
+    lead_keep_probability: float = 0.5  # random lead masking (4.1): each lead survives with this probability
+    negative_fraction: float = 0.5  # share of each batch that is shown a far report (3.4)
+    negatives: Literal["n3s", "random"] = "n3s"  # random: the ablation without N3S (Table 6)
+    engine: Literal["auto", "dali", "reference"] = "auto"
+    workers: int = 2
+    synthetic_records: int = 4000  # size of the built-in corpus, used when no --data is given
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The network, MODEL sections 1-7. Widths in units, kernels in samples or tokens."""
+
+    leads: int = 12
+    samples: int = 5000  # 10 s at 500 Hz
+    width: int = 768
+    stem_width: int = 256
+    stem_layers: int = 4  # kernel 2, stride 2 each: 5000 -> 312 tokens
+    ecg_layers: int = 8
+    ecg_heads: int = 12
+    ecg_ffn: int = 3072
+    pos_kernel: int = 128
+    pos_groups: int = 16
+    text_encoder: str = "flan-t5"  # or a directory / hub id of any transformers encoder (Table 7)
+    text_weights: str = ""  # directory of pre-trained T5 weights; "random" says so explicitly
+    text_vocab: int = 32128
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    text_head_width: int = 64
+    text_ffn: int = 2048
+    text_buckets: int = 32
+    text_max_distance: int = 128
+    text_mask: bool = True  # [D] padding is not attended; the release attends it (false)
+    fusion_layers: int = 6
+    fusion_heads: int = 12
+    fusion_ffn: int = 3072
+    mem_tap: int = 3  # the MEM decoder reads the input of this fusion layer; -1: the final output
+    mem_width: int = 384
+    mem_layers: int = 4
+    mem_heads: int = 6
+    mem_ffn: int = 1536
+    mask_ratio: float = 0.75
+    etm_logits: Literal[1, 2] = 1  # Eq. 3: one logit [P]; the release has two
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Total = sum of weight x loss (all 1, section 3.2); a weight of 0 is the ablation of Table 6."""
+
+    mlm: float = 1.0
+    mem: float = 1.0
+    etm: float = 1.0
+    ets: float = 1.0
+    mlm_probability: float = 0.25  # share of non-special tokens selected (4.1)
+    mlm_mask: float = 0.8
+    mlm_random: float = 0.1  # the rest is left unchanged
+    mem_target: Literal["original", "input"] = "original"  # [D] a masked lead must be reconstructed
+    mem_normalise: bool = True
+    reconstruct_rows: Literal["all", "matched"] = "all"
+    ets_reduction: Literal["batch", "mean"] = "batch"  # Eq. 4: sum / B [P]; the release divides by B^2
+    ets_same_report: Literal["negative", "ignore", "positive"] = "negative"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and the tri-stage schedule (4.1; MODEL section 13)."""
+
+    lr: float = 5e-5
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # shares of all steps
+    hold: float = 0.4
+    decay: float = 0.5
+    initial_scale: float = 0.01
+    final_scale: float = 0.05
+    clip: float = 0.0  # 0: no gradient clipping
+    max_nonfinite: int = 20  # this many skipped steps in a row end the run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How long, how much at once, and what is written when. ``batch`` counts records over all ranks."""
+
+    steps: int = 300_000  # 4.1
+    batch: int = 128  # 4.1
+    accumulate: int = 1
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int = 5000
+    eval_records: int = 1024
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where and with which engines; changes the speed, never the function."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the GPU has it
+    kernels: Literal["auto", "fused", "reference"] = "auto"
+    attention: Literal["auto", "flash-attn", "sdpa-flash", "sdpa", "reference"] = "auto"
+    removals: bool = True  # the exact removals of KERNELS section 1
+    compile: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The whole resolved configuration; written into every run folder and checkpoint."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    preset: str = "paper"
+
+    @classmethod
+    def load(cls, preset: str = "smoke", overrides: typing.Iterable[str] = ()) -> Self:
+        """Read a named preset or a TOML file, then apply ``section.key=value`` overrides.
+
+        Raises:
+            ValueError: unknown preset or key, or a value of the wrong type; the message names what is accepted.
+        """
+        if preset in PRESETS:
+            text = resources.files("dbeta").joinpath("presets", f"{preset}.toml").read_text()
+        elif Path(preset).is_file():
+            text = Path(preset).read_text()
+        else:
+            raise ValueError(f"preset {preset!r} is neither one of {', '.join(PRESETS)} nor an existing TOML file")
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"preset {preset!r} is not valid TOML: {error}") from None
+        for override in overrides:
+            path, equals, value = override.partition("=")
+            section, dot, key = path.strip().partition(".")
+            if not (equals and dot):
+                raise ValueError(f"--set {override!r}: write section.key=value, for example train.steps=100")
+            values.setdefault(section, {})
+            if not isinstance(values[section], dict):
+                raise ValueError(f"--set {override!r}: {section} is a value, not a section")
+            values[section][key] = _Raw(value.strip())
+        return cls.from_dict({"preset": preset, **values})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from nested dictionaries (a preset, config.json); strict about keys and types."""
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dictionaries, as JSON and TOML can hold."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Indented JSON of ``to_dict``."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+class _Raw(str):
+    """A value from the command line, still to be parsed by the type of its field."""
+
+
+def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {f"{path}{name}" for name in hints} | {
+        f"{path}{s}.{k}" for s, h in hints.items() if dataclasses.is_dataclass(h) for k in typing.get_type_hints(h)
+    }
+    arguments = {}
+    for name, value in values.items():
+        dotted = f"{path}{name}"
+        if name not in hints:
+            near = difflib.get_close_matches(dotted, sorted(known | _every_key()), n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; accepted: {', '.join(sorted(hints))}"
+            raise ValueError(f"unknown configuration key {dotted}{hint}")
+        arguments[name] = _convert(hints[name], value, dotted)
+    return cls(**arguments)
+
+
+def _every_key() -> set[str]:
+    sections = typing.get_type_hints(Config)
+    return {f"{s}.{k}" for s, h in sections.items() if dataclasses.is_dataclass(h) for k in typing.get_type_hints(h)}
+
+
+def _convert(hint: Any, value: Any, dotted: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{dotted} is a section, given {value!r}")
+        return _build(hint, value, f"{dotted}.")
+    if typing.get_origin(hint) in (Literal, types.UnionType):
+        accepted = typing.get_args(hint)
+        for choice in accepted:
+            if value == choice and type(value) is type(choice) or isinstance(value, _Raw) and value == str(choice):
+                return choice
+        raise ValueError(f"{dotted} = {value!r}; accepted: {', '.join(map(str, accepted))}")
+    try:
+        if isinstance(value, _Raw):
+            return _PARSE[hint](str(value))
+    except (KeyError, ValueError):
+        raise ValueError(f"{dotted} = {str(value)!r} is not of type {hint.__name__}") from None
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{dotted} = {value!r} is not of type {hint.__name__}")
+    return value
+
+
+_PARSE = {
+    int: lambda text: int(text.replace("_", "")),
+    float: float,
+    str: str,
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+}

@@ -1,0 +1,23 @@
+"""Shared fixtures: where the real records and the parity fixtures lie, and how a GPU test is skipped."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ``../shared`` beside the project (or $DBETA_SHARED); the test is skipped where it is absent."""
+    folder = Path(os.environ.get("DBETA_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}; set DBETA_SHARED")
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
