@@ -1,0 +1,99 @@
+"""Where a run happens: device, precision, determinism, and the one place that announces a slower path."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import click
+import torch
+
+from dbeta.config import RuntimeConfig
+
+_announced: set[str] = set()
+
+
+def announce(message: str) -> None:
+    """Say once per process, on standard error, which engine is used where a faster one exists."""
+    if message not in _announced:
+        _announced.add(message)
+        click.echo(f"note: {message}", err=True)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` to a device; under torchrun the CUDA device of the local rank.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA GPU here; use --device cpu or auto")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def autocast(config: RuntimeConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    """The bf16 autocast of a step; does nothing in fp32.
+
+    Raises:
+        ValueError: bf16 is asked for on a GPU without it.
+    """
+    capable = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    wanted = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and capable)
+    if not wanted:
+        return contextlib.nullcontext()
+    if not capable:
+        raise ValueError("runtime.precision=bf16: this GPU has no bf16; use --set runtime.precision=fp32")
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def prepare_process(config: RuntimeConfig) -> None:
+    """Process-wide switches: TF32 for what stays float32, and bit-for-bit repeatability where it is asked for."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def environment() -> dict[str, object]:
+    """What a run depended on, for ``environment.json`` and benchmark results."""
+    names = ("torch", "triton", "transformers", "numpy", "nvidia-dali-cuda130", "faiss-cpu", "faiss-gpu-cu12", "flash-attn")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    described = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+        "commit": _commit(),
+    }
+    if torch.cuda.is_available():
+        described |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return described
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return "unknown"
