@@ -25,7 +25,9 @@ from dbeta.runtime import announce
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
     """Write checkpoint ``step`` below ``folder`` and delete all but the newest ``keep``.
 
     Raises:
@@ -39,7 +41,9 @@ def save(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim
         save_file(_tensors(model.state_dict()), partial / "model.safetensors")
         save_file(_moments(model, optimizer), partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(partial.iterdir())}
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(partial.iterdir())
+        }
         (partial / "manifest.json").write_text(json.dumps(files, indent=1))
         for path in partial.iterdir():
             _sync(path)
@@ -48,7 +52,9 @@ def save(folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim
         _sync(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"checkpoint at step {step} not written to {folder}: {error}; free some space and use --resume") from error
+        raise OSError(
+            f"checkpoint at step {step} not written to {folder}: {error}; free some space and use --resume"
+        ) from error
     for old in whole(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -119,7 +125,9 @@ def check_shapes(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         shapes = (f"{n} is {list(given[n].shape)}, the model has {list(wanted[n].shape)}" for n in misshapen[:3])
         problems.append(f"{len(misshapen)} of another shape: {'; '.join(shapes)}")
     if problems:
-        raise ValueError(f"{source} does not fit the model ({'; '.join(problems)}); use the configuration it was made with")
+        raise ValueError(
+            f"{source} does not fit the model ({'; '.join(problems)}); use the configuration it was made with"
+        )
 
 
 def _tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -166,16 +166,16 @@ class Config:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"preset {preset!r} is not valid TOML: {error}") from None
-        for override in overrides:
-            path, equals, value = override.partition("=")
-            section, dot, key = path.strip().partition(".")
-            if not (equals and dot):
-                raise ValueError(f"--set {override!r}: write section.key=value, for example train.steps=100")
-            values.setdefault(section, {})
-            if not isinstance(values[section], dict):
-                raise ValueError(f"--set {override!r}: {section} is a value, not a section")
-            values[section][key] = _Raw(value.strip())
-        return cls.from_dict({"preset": preset, **values})
+        return cls.from_dict({"preset": preset, **_override(values, overrides)})
+
+    @classmethod
+    def load_json(cls, path: Path, overrides: typing.Iterable[str] = ()) -> Self:
+        """Read a run's ``config.json``, then apply overrides; errors as ``load``."""
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        return cls.from_dict(_override(values, overrides))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -191,29 +191,38 @@ class Config:
         return json.dumps(self.to_dict(), indent=2)
 
 
+def _override(values: dict[str, Any], overrides: typing.Iterable[str]) -> dict[str, Any]:
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        section, dot, key = path.strip().partition(".")
+        if not (equals and dot):
+            raise ValueError(f"--set {override!r}: write section.key=value, for example train.steps=100")
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise ValueError(f"--set {override!r}: {section} is a value, not a section")
+        values[section][key] = _Raw(value.strip())
+    return values
+
+
 class _Raw(str):
     """A value from the command line, still to be parsed by the type of its field."""
 
 
 def _build(cls: type, values: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
-    known = {f"{path}{name}" for name in hints} | {
-        f"{path}{s}.{k}" for s, h in hints.items() if dataclasses.is_dataclass(h) for k in typing.get_type_hints(h)
-    }
     arguments = {}
     for name, value in values.items():
         dotted = f"{path}{name}"
         if name not in hints:
-            near = difflib.get_close_matches(dotted, sorted(known | _every_key()), n=1, cutoff=0.4)
+            near = difflib.get_close_matches(dotted, _every_key(), n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else f"; accepted: {', '.join(sorted(hints))}"
             raise ValueError(f"unknown configuration key {dotted}{hint}")
         arguments[name] = _convert(hints[name], value, dotted)
     return cls(**arguments)
 
 
-def _every_key() -> set[str]:
+def _every_key() -> list[str]:
     sections = typing.get_type_hints(Config)
-    return {f"{s}.{k}" for s, h in sections.items() if dataclasses.is_dataclass(h) for k in typing.get_type_hints(h)}
+    return [f"{s}.{k}" for s, h in sections.items() if dataclasses.is_dataclass(h) for k in typing.get_type_hints(h)]
 
 
 def _convert(hint: Any, value: Any, dotted: str) -> Any:
@@ -224,7 +233,7 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:
     if typing.get_origin(hint) in (Literal, types.UnionType):
         accepted = typing.get_args(hint)
         for choice in accepted:
-            if value == choice and type(value) is type(choice) or isinstance(value, _Raw) and value == str(choice):
+            if (value == choice and type(value) is type(choice)) or (isinstance(value, _Raw) and value == str(choice)):
                 return choice
         raise ValueError(f"{dotted} = {value!r}; accepted: {', '.join(map(str, accepted))}")
     try:

@@ -65,7 +65,16 @@ def prepare_process(config: RuntimeConfig) -> None:
 
 def environment() -> dict[str, object]:
     """What a run depended on, for ``environment.json`` and benchmark results."""
-    names = ("torch", "triton", "transformers", "numpy", "nvidia-dali-cuda130", "faiss-cpu", "faiss-gpu-cu12", "flash-attn")
+    names = (
+        "torch",
+        "triton",
+        "transformers",
+        "numpy",
+        "nvidia-dali-cuda130",
+        "faiss-cpu",
+        "faiss-gpu-cu12",
+        "flash-attn",
+    )
     versions = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

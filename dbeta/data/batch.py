@@ -1,20 +1,20 @@
 """A training batch, made on the device from record ids: negatives, tokens, MLM masking, random lead masking.
 
-Every draw is a function of (seed, step, global row) (``dbeta_kernels.philox``), so a resumed run repeats it, it does not
-depend on the number of ranks, and the host can make the same draw without waiting for the device: ``BatchMaker.shape``
-tells the padded text length and the number of MLM slots of a batch before the device has seen it.
+Every draw is a function of (seed, step, global row) (``dbeta_kernels.philox``), so a resumed run repeats it, it does
+not depend on the number of ranks, and the host can make the same draw without waiting for the device:
+``BatchMaker.shape`` tells the padded text length and the number of MLM slots before the device has seen the batch.
 """
 
 from dataclasses import dataclass
 
 import torch
+from dbeta_kernels import philox
+from dbeta_kernels.lead_mask import lead_mask
 from torch import Tensor
 
 from dbeta.config import DataConfig, LossConfig
 from dbeta.data.loader import RawBatch
 from dbeta.data.reports import TokenTable
-from dbeta_kernels import philox
-from dbeta_kernels.lead_mask import lead_mask
 
 TEXT_BUCKETS = (32, 48, 64, 96, 128, 192, 256)
 
@@ -93,7 +93,9 @@ class BatchMaker:
         Exactly ``negative_fraction`` of the *global* batch is shown a far report, drawn uniformly from its table row.
         """
         reports = self.report_of[records]
-        order = philox.uniform(self.seed, philox.NEGATIVE_ROWS, step, rows.new_zeros(()), self.batch).argsort(stable=True)
+        order = philox.uniform(self.seed, philox.NEGATIVE_ROWS, step, rows.new_zeros(()), self.batch).argsort(
+            stable=True
+        )
         place = torch.empty_like(order).scatter_(0, order, torch.arange(self.batch, device=order.device))
         negative = place[rows] < round(self.batch * self.data.negative_fraction)
         word = philox.words(self.seed, philox.NEGATIVE_PICK, step, rows, 1)[:, 0]

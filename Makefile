@@ -1,0 +1,44 @@
+# make pretrain      train the smoke preset on the built-in synthetic corpus (CPU, minutes)
+# make test          all tests that run on two cores in minutes        make test-slow   the long ones
+# make bench         every benchmark this machine can run              make lint        ruff
+# Each target makes .venv and installs what it needs; a second run finds it done.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+ARGS ?=
+
+.PHONY: pretrain test test-slow bench lint clean
+
+pretrain: $(VENV)/base
+	$(BIN)/dbeta-pretrain --preset smoke $(ARGS)
+
+test: $(VENV)/full
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/full
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+bench: $(VENV)/full
+	$(BIN)/dbeta-bench all $(ARGS)
+
+lint: $(VENV)/full
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch is installed on its own first, so that the version in constraints.txt decides, and the build of the optional
+# C++ parts (csrc/) sees the torch and the DALI that will load them: hence no build isolation.
+$(VENV)/base: pyproject.toml constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) scikit-build-core cmake ninja
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/full: $(VENV)/base
+	$(PIP) --no-build-isolation --editable ".[faiss,dali,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

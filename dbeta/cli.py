@@ -1,0 +1,93 @@
+"""The commands ``dbeta`` and ``dbeta-pretrain``: options in, one call out. Lazy imports keep help instant."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+SOURCES = ("mimic-iv-ecg", "ptb-xl", "cpsc2018", "csn", "cinc2021", "code-test", "code-15", "ptb", "sph", "synthetic")
+DEVICE = click.Choice(["auto", "cpu", "cuda"])
+FOLDER = click.Path(path_type=Path)
+
+
+class OneLine(click.Command):
+    """A command whose user errors end in one line and exit code 2, never in a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except (ValueError, OSError, ArithmeticError, ImportError) as error:
+            failure = click.ClickException(" ".join(str(error).split()))
+            failure.exit_code = 2
+            raise failure from error
+
+
+class OneLineGroup(click.Group):
+    """A group of such commands."""
+
+    command_class = OneLine
+
+
+@click.command(cls=OneLine, context_settings={"show_default": True})
+@click.option("--preset", help="smoke, paper, released, hopper, or a TOML file.  [default: smoke]")
+@click.option("--data", type=FOLDER, help="Corpus made by `dbeta prepare`; without it, the built-in synthetic one.")
+@click.option("--out", type=FOLDER, help="Run folder.  [default: runs/PRESET-TIME]")
+@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in --out.")
+@click.option("--compile/--no-compile", "compile_", default=None, help="torch.compile the step.")
+@click.option("--device", type=DEVICE, help="Where to train.  [default: auto]")
+@click.option("--seed", type=int, help="Seed of every random draw.  [default: 0]")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value, e.g. train.steps=100."
+)
+@click.option("--show-examples", is_flag=True, help="Show a record in report.html even if it is not synthetic.")
+def pretrain(preset, data, out, resume, compile_, device, seed, overrides, show_examples):
+    """Pre-train D-BETA on a corpus of ECGs and reports."""
+    from dbeta.config import Config
+    from dbeta.pretrain import run
+
+    given = {"runtime.compile": compile_, "runtime.device": device, "train.seed": seed}
+    overrides = [*overrides, *(f"{key}={str(value).lower()}" for key, value in given.items() if value is not None)]
+    stored = out / "config.json" if out else None
+    if resume and preset is None and stored is not None and stored.is_file():
+        config = Config.load_json(stored, overrides)
+    else:
+        config = Config.load(preset or "smoke", overrides)
+    run(config, data=data, out=out, resume=resume, show_examples=show_examples)
+
+
+@click.group(cls=OneLineGroup, context_settings={"show_default": True})
+@click.version_option(package_name="dbeta")
+def main():
+    """Pre-train and use D-BETA, a model that learns 12-lead ECGs and their reports together."""
+
+
+@main.command()
+@click.argument("source", type=click.Choice(SOURCES))
+@click.argument("root", type=FOLDER, required=False)
+@click.option("--out", type=FOLDER, required=True, help="Corpus folder to write.")
+@click.option("--workers", type=click.IntRange(1), default=2, help="Processes that read records.")
+@click.option("--limit", type=click.IntRange(1), help="Stop after this many records (synthetic: make this many).")
+@click.option("--seed", type=int, default=0, help="Of the record order, the split, and synthetic records.")
+@click.option("--cleaning", type=click.Choice(["paper", "released"]), default="paper", help="Report cleaning.")
+def prepare(source, root, out, workers, limit, seed, cleaning):
+    """Read a data set's raw records into a corpus."""
+    from dbeta.data.prepare import prepare
+
+    prepare(source, root, out, workers=workers, limit=limit, seed=seed, cleaning=cleaning)
+
+
+@main.command()
+@click.argument("corpus", type=FOLDER)
+@click.option("--encoder", default="google/flan-t5-small", help="T5 hub id or folder, or hashing (no model needed).")
+@click.option("--k", type=click.IntRange(1), default=64, help="Far reports kept for each report.")
+@click.option("--device", type=DEVICE, default="auto")
+@click.option("--engine", type=click.Choice(["auto", "faiss", "torch"]), default="auto", help="Search engine.")
+def negatives(corpus, encoder, k, device, engine):
+    """Find each report's farthest reports (N3S) and store the table that training draws from."""
+    from dbeta.data.negatives import negatives
+
+    negatives(corpus, encoder=encoder, k=k, device=device, engine=engine)
+
+
+if __name__ == "__main__":
+    main()

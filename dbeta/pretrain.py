@@ -1,0 +1,60 @@
+"""``dbeta-pretrain``: between the command line and ``trainer.train``; the same as ``python -m dbeta.pretrain``.
+
+Without a corpus it makes the built-in synthetic one inside the run folder, announced.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from dbeta.config import Config
+from dbeta.runtime import announce
+
+
+def run(
+    config: Config, *, data: Path | None, out: Path | None, resume: bool, show_examples: bool = False
+) -> dict[str, Any]:
+    """Pre-train with a resolved configuration; returns the last validation metrics.
+
+    Args:
+        data: a corpus folder; None makes the built-in synthetic corpus inside the run folder.
+        out: the run folder; None makes one under ``runs/`` named by preset and time.
+
+    Raises:
+        ValueError: what is missing or does not fit, with what to do.
+    """
+    if out is None:
+        if resume:
+            raise ValueError("--resume needs --out RUN, the run folder to go on with")
+        out = Path("runs") / f"{Path(config.preset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if config.preset != "smoke" and not config.model.text_weights:
+        raise ValueError(
+            "model.text_weights is not set: give --set model.text_weights=DIR (a Flan-T5 folder) or =random"
+        )
+    from dbeta.data.corpus import Corpus
+    from dbeta.trainer import train
+
+    corpus = Corpus.open(data or _synthetic(config, out))
+    return train(config, corpus, out, resume=resume, show_examples=show_examples)
+
+
+def _synthetic(config: Config, out: Path) -> Path:
+    from dbeta.data.prepare import prepare
+
+    folder = out / "corpus"
+    if not (folder / "corpus.json").is_file():
+        announce(
+            f"no --data: making the built-in synthetic corpus of {config.data.synthetic_records:,} records in {folder}"
+        )
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written: {error}") from None
+        prepare("synthetic", None, folder, limit=config.data.synthetic_records, workers=config.data.workers)
+    return folder
+
+
+if __name__ == "__main__":
+    from dbeta.cli import pretrain
+
+    pretrain()

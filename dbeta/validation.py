@@ -1,0 +1,100 @@
+"""Validation during training: losses, ETM accuracy, retrieval, and zero-shot AUC where the corpus has labels."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from dbeta_kernels.lead_mask import lead_mask
+from torch import Tensor
+
+from dbeta.config import Config
+from dbeta.data.batch import Batch, BatchMaker
+from dbeta.data.corpus import Corpus
+from dbeta.data.loader import RawBatch, make_loader
+from dbeta.evaluation.metrics import retrieval
+from dbeta.evaluation.prompts import prompts_for
+from dbeta.evaluation.zero_shot import auc_table
+from dbeta.losses import pretraining_losses
+from dbeta.models.dbeta import DBeta
+from dbeta.runtime import announce, autocast
+
+
+class Validator:
+    """Measures the model on the first ``train.eval_records`` validation records, always with the same draws.
+
+    Losses are those of training, lead masking and negatives included; features see all leads and no mask.
+    """
+
+    def __init__(self, model: DBeta, corpus: Corpus, maker: BatchMaker, config: Config, device: torch.device):
+        self.model, self.corpus, self.config, self.device = model, corpus, config, device
+        ids = corpus.split_ids("validation")[: config.train.eval_records]
+        if len(ids) == 0:
+            announce("the corpus has no validation records: the training split is used for validation")
+            ids = corpus.split_ids("train")[: config.train.eval_records]
+        self.ids = ids
+        self.host_maker = maker
+        self.maker = maker.to(device)
+        prompts = prompts_for(corpus)
+        held = [set(labels) for labels in corpus.column("labels", ids)]
+        self.names = [name for name in prompts if any(name in labels for labels in held)]
+        self.prompts = [prompts[name] for name in self.names]
+        self.targets = np.array([[name in labels for name in self.names] for labels in held], bool)
+        self.per_class: dict[str, float] = {}
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """All validation metrics by name; ``score`` (higher is better) chooses the best checkpoint."""
+        self.model.eval()
+        totals: dict[str, float] = {}
+        ecg, text, reports = [], [], []
+        with autocast(self.config.runtime, self.device):
+            for index, raw in enumerate(self._raw()):
+                batch = self._batch(raw, index)
+                losses = pretraining_losses(self.model, batch, self.config.loss)
+                for name in losses.__slots__:
+                    totals[name] = totals.get(name, 0.0) + getattr(losses, name).item() * len(raw.records)
+                ecg.append(self.model.ecg_features(self.whole_ecg(raw)).float())
+                ids, mask = self.maker.tokens.gather(batch.reports, int(self.maker.tokens.lengths[batch.reports].max()))
+                text.append(self.model.text_features(ids, mask).float())
+                reports.append(batch.reports)
+        metrics = {name: value / len(self.ids) for name, value in totals.items()}
+        features = torch.cat(ecg).cpu()
+        metrics |= retrieval(features, torch.cat(text).cpu(), torch.cat(reports).cpu())
+        metrics["score"] = -metrics["total"]
+        if self.names:
+            table = auc_table(features, self.model.encode_text(self.prompts).cpu(), self.targets, self.names)
+            metrics["zero_shot_auc"] = metrics["score"] = table.macro
+            self.per_class = table.per_class
+        self.model.train()
+        return metrics
+
+    def whole_ecg(self, raw: RawBatch) -> Tensor:
+        """The batch in mV with every lead kept: float32 [B,12,L]."""
+        signal = raw.adc if raw.signal is None else raw.signal
+        rows = torch.arange(len(raw.records), device=self.device)
+        return lead_mask(
+            signal, raw.gain, raw.baseline, seed=0, step=0, rows=rows, keep_probability=1.0, statistics=False
+        )[0]
+
+    def first_batch(self) -> tuple[RawBatch, Batch]:
+        """The first validation batch, as the report's reconstruction shows it."""
+        raw = next(iter(self._raw()))
+        return raw, self._batch(raw, 0)
+
+    def _raw(self) -> Iterator[RawBatch]:
+        batch = min(self.config.train.batch, len(self.ids))
+        loader = make_loader(
+            self.corpus, ids=self.ids, batch=batch, shuffle=False, repeat=False, engine="reference", workers=1
+        )
+        try:
+            for raw in loader:
+                yield raw.to(self.device)
+        finally:
+            loader.close()
+
+    def _batch(self, raw: RawBatch, index: int) -> Batch:
+        # Steps of validation count down from 2^32, so that they never repeat a draw of training.
+        step = 2**32 - 1 - index
+        rows = torch.arange(len(raw.records))
+        shape = self.host_maker.shape(raw.records.cpu(), step, rows, bucketed=self.device.type == "cuda")
+        return self.maker.make(raw, step, rows.to(self.device), shape)
