@@ -80,7 +80,7 @@ def prepare(source, root, out, workers, limit, seed, cleaning):
 @click.argument("corpus", type=FOLDER)
 @click.option("--encoder", default="google/flan-t5-small", help="T5 hub id or folder, or hashing (no model needed).")
 @click.option("--k", type=click.IntRange(1), default=64, help="Far reports kept for each report.")
-@click.option("--device", type=DEVICE, default="auto")
+@click.option("--device", type=DEVICE, default="auto", help="Where to embed and search.")
 @click.option("--engine", type=click.Choice(["auto", "faiss", "torch"]), default="auto", help="Search engine.")
 def negatives(corpus, encoder, k, device, engine):
     """Find each report's farthest reports (N3S) and store the table that training draws from."""

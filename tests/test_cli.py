@@ -1,0 +1,43 @@
+"""The list of commands and options is a contract: a change here is a change of the interface."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from dbeta.cli import main, pretrain
+
+OPTIONS = {
+    "pretrain": {
+        "--preset", "--data", "--out", "--resume", "--compile", "--device", "--seed", "--set", "--show-examples",
+    },
+    "prepare": {"--out", "--workers", "--limit", "--seed", "--cleaning"},
+    "negatives": {"--encoder", "--k", "--device", "--engine"},
+}  # fmt: skip
+
+
+def commands():
+    return {"pretrain": pretrain, **main.commands}
+
+
+def test_commands():
+    assert set(commands()) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name):
+    declared = {p.opts[0] for p in commands()[name].params if p.param_type_name == "option"} - {"--help"}
+    assert declared == OPTIONS[name]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_help_explains_every_option(name):
+    assert CliRunner().invoke(commands()[name], ["--help"]).exit_code == 0
+    options = [p for p in commands()[name].params if p.param_type_name == "option"]
+    assert all(option.help for option in options)
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, dbeta.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
