@@ -21,7 +21,7 @@ from dbeta.config import Config
 from dbeta.data.batch import Batch, BatchMaker
 from dbeta.data.corpus import Corpus
 from dbeta.data.loader import RawBatch, make_loader
-from dbeta.data.tables import load_tables
+from dbeta.data.inputs import load_tables
 from dbeta.losses import Losses, pretraining_losses
 from dbeta.models.dbeta import DBeta
 from dbeta.optim import learning_rate, make_optimizer, set_learning_rate
