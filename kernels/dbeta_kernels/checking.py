@@ -1,0 +1,175 @@
+"""The error-budget rule: what it means that a kernel is right (KERNELS section 3).
+
+With t the truth in float64, e_ref = |reference in the same dtype - t| and e = |kernel - t|, elementwise
+``e <= e_ref + tol * max(|t|, rms(t))`` for every output and every gradient. The magnitude is each element's own, or the
+tensor's root mean square where an element is smaller: rounding of a sum is relative to its terms.
+"""
+
+import contextlib
+import inspect
+import linecache
+import sys
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+
+from dbeta_kernels.registry import Inputs, KernelSpec, Mutant
+
+
+def to_float64(inputs: Inputs) -> Inputs:
+    """The same values in float64; an argument that is a dtype becomes float64 too, integers stay."""
+
+    def cast(value):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.double()
+        if isinstance(value, tuple):
+            return tuple(map(cast, value))
+        return torch.float64 if isinstance(value, torch.dtype) else value
+
+    return {name: cast(value) for name, value in inputs.items()}
+
+
+def evaluate(function: Callable, inputs: Inputs, differentiable: tuple[str, ...] = (), seed: int = 1) -> Inputs:
+    """Outputs ``out0, out1, ...`` and gradients ``grad NAME`` of ``function(**inputs)``, detached.
+
+    The cotangents are random (a scalar's too, so that a lost factor shows) and the same for every dtype.
+    """
+    leaves: dict[str, torch.Tensor] = {}
+
+    def leaf(name, value):
+        if isinstance(value, tuple):
+            return tuple(leaf(f"{name}[{i}]", v) for i, v in enumerate(value))
+        if not isinstance(value, torch.Tensor):
+            return value  # an optional tensor given as a number or None
+        leaves[name] = value.detach().requires_grad_()
+        return leaves[name]
+
+    outputs = function(**{k: leaf(k, v) if k in differentiable else v for k, v in inputs.items()})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
+    traced = [o for o in outputs if o.requires_grad]
+    if leaves and not traced:
+        raise AssertionError(f"no output depends on {', '.join(leaves)}")
+    if leaves:
+        generator = torch.Generator().manual_seed(seed)
+        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in traced]
+        grads = torch.autograd.grad(traced, list(leaves.values()), cotangents, allow_unused=True)
+        results |= {f"grad {k}": torch.zeros_like(v) if g is None else g for (k, v), g in zip(leaves.items(), grads)}
+    return results
+
+
+def check(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, *, backend: str = "fused") -> None:
+    """Hold ``spec.function`` to the budget on ``inputs`` of dtype ``dtype``.
+
+    Raises:
+        AssertionError: naming the output, the element and by how much the budget is exceeded.
+    """
+
+    def kernel(**given):
+        return spec.function(**given, backend=backend)
+
+    actual = evaluate(kernel, inputs, spec.differentiable)
+    reference = evaluate(spec.reference, inputs, spec.differentiable)
+    truth = evaluate(spec.truth or spec.reference, to_float64(inputs), spec.differentiable)
+    for name in truth:
+        assert_budget(name, actual[name], reference[name], truth[name], spec.tolerance[dtype])
+
+
+def assert_budget(name: str, actual, reference, truth, tolerance: float) -> None:
+    """``|actual - truth| <= |reference - truth| + tolerance * max(|truth|, rms)`` elementwise; NaN must match NaN."""
+    if actual.shape != reference.shape or actual.dtype != reference.dtype:
+        got, want = ((tuple(x.shape), x.dtype) for x in (actual, reference))
+        raise AssertionError(f"{name}: {got}, the reference gives {want}")
+    if not truth.numel():
+        return
+    actual, reference = actual.double(), reference.double()
+    same = (actual == truth) | (actual.isnan() & truth.isnan())  # also equal infinities
+    magnitude = torch.maximum(truth.abs(), truth.square().mean().sqrt())
+    budget = (reference - truth).abs() + tolerance * magnitude
+    error = (actual - truth).abs()
+    wrong = ~same & ~(error <= budget)  # a NaN on either side is wrong
+    if wrong.any():
+        worst = int((error / budget).masked_fill(~wrong, -1).nan_to_num(nan=torch.inf).argmax())
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), truth.shape))
+        raise AssertionError(
+            f"{name}{list(index)}: {actual.flatten()[worst]:.9g}, truth {truth.flatten()[worst]:.9g}, "
+            f"error {error.flatten()[worst]:.3g} > budget {budget.flatten()[worst]:.3g}; "
+            f"{int(wrong.sum())} of {wrong.numel()} elements wrong"
+        )
+
+
+def assert_deterministic(spec: KernelSpec, inputs: Inputs, *, backend: str = "fused") -> None:
+    """Two runs give the same bits, outputs and gradients."""
+    first, second = (
+        evaluate(lambda **given: spec.function(**given, backend=backend), inputs, spec.differentiable) for _ in range(2)
+    )
+    for name in first:
+        if not torch.equal(first[name].nan_to_num(nan=12345.0), second[name].nan_to_num(nan=12345.0)):
+            raise AssertionError(f"{name}: two runs differ")
+
+
+def strided(inputs: Inputs) -> Inputs:
+    """The same values in memory that is contiguous in no dimension; what lies between them is NaN or garbage."""
+
+    def spread(value):
+        if isinstance(value, tuple):
+            return tuple(map(spread, value))
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            return value
+        wide = torch.full(
+            [2 * n + 1 for n in value.shape], _poison(value.dtype), dtype=value.dtype, device=value.device
+        )
+        view = wide[tuple(slice(1, 2 * n + 1, 2) for n in value.shape)]
+        view.copy_(value)
+        return view
+
+    return {name: spread(value) for name, value in inputs.items()}
+
+
+def _poison(dtype: torch.dtype):
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Uninitialised tensors hold NaN (integers their maximum): an element that no kernel writes shows."""
+
+    def poison(allocate):
+        def allocated(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(_poison(tensor.dtype)) if tensor.device.type != "meta" else tensor
+
+        return allocated
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in (
+            (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
+        yield
+
+
+@contextlib.contextmanager
+def mutated(spec: KernelSpec, mutant: Mutant) -> Iterator[None]:
+    """Within the context the operator's module holds ``mutant.function`` with its source changed."""
+    module = sys.modules[spec.function.__module__]
+    original = getattr(module, mutant.function)
+    source = inspect.getsource(getattr(original, "fn", original))
+    if source.count(mutant.old) != 1:
+        raise ValueError(
+            f"{spec.name}: a mutant's text must occur once in {mutant.function}, and {mutant.old!r} occurs "
+            f"{source.count(mutant.old)} times; change the mutant with the kernel"
+        )
+    filename = f"<mutant {spec.name}.{mutant.function}>"
+    changed = source.replace(mutant.old, mutant.new)
+    # Triton reads a kernel's source back through inspect, which asks linecache for files that are not on disk.
+    linecache.cache[filename] = (len(changed), None, changed.splitlines(keepends=True), filename)
+    try:
+        exec(compile(changed, filename, "exec"), module.__dict__)  # our own source, edited
+        yield
+    finally:
+        setattr(module, mutant.function, original)
+        linecache.cache.pop(filename, None)
