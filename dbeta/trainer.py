@@ -21,7 +21,7 @@ from dbeta.config import Config
 from dbeta.data.batch import Batch, BatchMaker
 from dbeta.data.corpus import Corpus
 from dbeta.data.loader import RawBatch, make_loader
-from dbeta.data.inputs import load_tables
+from dbeta.data.inputs import load_inputs
 from dbeta.losses import Losses, pretraining_losses
 from dbeta.models.dbeta import DBeta
 from dbeta.optim import learning_rate, make_optimizer, set_learning_rate
@@ -116,7 +116,7 @@ def train(
     prepare_process(config.runtime)
     restored = _open_run(out, config, resume)
     torch.manual_seed(config.train.seed)
-    host_maker, tokenizer = load_tables(corpus, config)
+    host_maker, tokenizer = load_inputs(corpus, config)
     maker = host_maker.to(device)
     model = DBeta(config.model, config.runtime, tokenizer=tokenizer).to(device)
     stepper = Stepper(model, config, device)
