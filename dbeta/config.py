@@ -56,6 +56,7 @@ class ModelConfig:
     text_heads: int = 12
     text_head_width: int = 64
     text_ffn: int = 2048
+    text_activation: Literal["gated-gelu", "gated-relu", "gated-silu", "relu", "gelu", "silu"] = "gated-gelu"
     text_buckets: int = 32
     text_max_distance: int = 128
     text_mask: bool = True  # [D] padding is not attended; the release attends it (false)
@@ -71,6 +72,16 @@ class ModelConfig:
     etm_logits: Literal[1, 2] = 1  # Eq. 3: one logit [P]; the release has two
     dropout: float = 0.1
     attention_dropout: float = 0.1
+
+    @property
+    def ecg_tokens(self) -> int:
+        """Tokens of a record: every stem layer halves the samples, rounding down."""
+        return self.samples >> self.stem_layers
+
+    @property
+    def patch(self) -> int:
+        """Samples per lead that the reconstruction head predicts for a token."""
+        return self.samples // self.ecg_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

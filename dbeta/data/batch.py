@@ -38,6 +38,7 @@ class Batch:
     mlm_positions: Tensor  # int64 [M], flat b*T+t, ascending; 0 in unused slots
     mlm_labels: Tensor  # int64 [M], -100 in unused slots
     noise: Tensor  # float32 [B,312], orders the ECG tokens: the first quarter is visible
+    text_tokens: int | None = None  # rows that packed text takes: at least the number of tokens; None: not packed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
