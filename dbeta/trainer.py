@@ -20,8 +20,8 @@ from dbeta import checkpoint
 from dbeta.config import Config
 from dbeta.data.batch import Batch, BatchMaker
 from dbeta.data.corpus import Corpus
-from dbeta.data.loader import RawBatch, make_loader
 from dbeta.data.inputs import load_inputs
+from dbeta.data.loader import RawBatch, make_loader
 from dbeta.losses import Losses, pretraining_losses
 from dbeta.models.dbeta import DBeta
 from dbeta.optim import learning_rate, make_optimizer, set_learning_rate
@@ -98,6 +98,8 @@ class Stepper:
                 "those before them. Lower optim.lr, set optim.clip=1, or look at the records with: dbeta doctor CORPUS"
             )
         means = {name: value / self.counted for name, value in zip(names, values)}
+        means["etm_accuracy"] = means.pop("etm_correct") * self.config.train.accumulate / self.config.train.batch
+        means["mlm_accuracy"] = means.pop("mlm_correct") / max(means.pop("mlm_count"), 1.0)
         self.sums, self.counted = {}, 0
         return means | {"skipped": total}
 

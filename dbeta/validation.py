@@ -18,6 +18,9 @@ from dbeta.losses import pretraining_losses
 from dbeta.models.dbeta import DBeta
 from dbeta.runtime import announce, autocast
 
+LOSSES = ("total", "mlm", "mem", "etm", "ets")
+COUNTERS = ("etm_correct", "mlm_correct", "mlm_count")
+
 
 class Validator:
     """Measures the model on the first ``train.eval_records`` validation records, always with the same draws.
@@ -45,19 +48,23 @@ class Validator:
     def __call__(self) -> dict[str, float]:
         """All validation metrics by name; ``score`` (higher is better) chooses the best checkpoint."""
         self.model.eval()
-        totals: dict[str, float] = {}
+        totals, counts = dict.fromkeys(LOSSES, 0.0), dict.fromkeys(COUNTERS, 0.0)
         ecg, text, reports = [], [], []
         with autocast(self.config.runtime, self.device):
             for index, raw in enumerate(self._raw()):
                 batch = self._batch(raw, index)
                 losses = pretraining_losses(self.model, batch, self.config.loss)
-                for name in losses.__slots__:
-                    totals[name] = totals.get(name, 0.0) + getattr(losses, name).item() * len(raw.records)
+                for name in LOSSES:
+                    totals[name] += getattr(losses, name).item() * len(raw.records)
+                for name in COUNTERS:
+                    counts[name] += getattr(losses, name).item()
                 ecg.append(self.model.ecg_features(self.whole_ecg(raw)).float())
                 ids, mask = self.maker.tokens.gather(batch.reports, int(self.maker.tokens.lengths[batch.reports].max()))
                 text.append(self.model.text_features(ids, mask).float())
                 reports.append(batch.reports)
         metrics = {name: value / len(self.ids) for name, value in totals.items()}
+        metrics["etm_accuracy"] = counts["etm_correct"] / len(self.ids)
+        metrics["mlm_accuracy"] = counts["mlm_correct"] / max(counts["mlm_count"], 1.0)
         features = torch.cat(ecg).cpu()
         metrics |= retrieval(features, torch.cat(text).cpu(), torch.cat(reports).cpu())
         metrics["score"] = -metrics["total"]

@@ -70,7 +70,7 @@ class Bench:
         self.host = BatchMaker(
             torch.arange(REPORTS), tokens, far, TextVocabulary(size=vocab, mask=2, special=(0, 1)), config.data,
             config.loss, seed=0, batch=config.train.batch, kernels=runtime.kernels,
-            ecg_tokens=config.model.samples >> config.model.stem_layers,
+            ecg_tokens=config.model.ecg_tokens,
         )  # fmt: skip
         self.maker = self.host.to(device)
         self.rows = torch.arange(config.train.batch)

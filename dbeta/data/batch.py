@@ -42,6 +42,15 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextShape:
+    """The static sizes of a batch's text, known on the host before the device has seen the batch."""
+
+    length: int  # T, of the padded grid
+    slots: int  # M, for masked tokens
+    tokens: int | None = None  # rows of the packed text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TextVocabulary:
     """The ids MLM needs from a tokenizer."""
 
@@ -112,28 +121,29 @@ class BatchMaker:
         drawn = philox.uniform(self.seed, philox.MLM_SELECT, step, rows, text_ids.shape[1])
         return (drawn < self.loss.mlm_probability) & text_mask & ~torch.isin(text_ids, self.special)
 
-    def shape(self, records: Tensor, step: int, rows: Tensor, *, bucketed: bool) -> tuple[int, int]:
-        """(T, M) of a batch, on the host: the longest text and the number of MLM slots.
+    def shape(self, records: Tensor, step: int, rows: Tensor, *, bucketed: bool) -> TextShape:
+        """The shape of a batch's text, on the host: longest text, hidden tokens, all tokens.
 
-        ``bucketed`` rounds both up, so that few static shapes occur (compilation, CUDA graphs).
+        ``bucketed`` rounds up, so that few static shapes occur (compilation, CUDA graphs).
         """
         shown, _ = self.texts(records, step, rows)
-        longest = int(self.tokens.lengths[shown].max())
+        lengths = self.tokens.lengths[shown]
+        longest, tokens = int(lengths.max()), int(lengths.sum())
         ids, mask = self.tokens.gather(shown, longest)
         slots = max(int(self.selected(ids, mask, step, rows).sum()), 1)
         if not bucketed:
-            return longest, slots
+            return TextShape(length=longest, slots=slots, tokens=tokens)
         unit = 4 * len(records)
-        return next((t for t in TEXT_BUCKETS if t >= longest), longest), -(-slots // unit) * unit
+        length = next((t for t in TEXT_BUCKETS if t >= longest), longest)
+        return TextShape(length=length, slots=-(-slots // unit) * unit, tokens=-(-tokens // unit) * unit)
 
-    def make(self, raw: RawBatch, step: int | Tensor, rows: Tensor, shape: tuple[int, int]) -> Batch:
+    def make(self, raw: RawBatch, step: int | Tensor, rows: Tensor, shape: TextShape) -> Batch:
         """The batch of ``raw`` (already on this maker's device) at ``step`` for the given global rows."""
-        length, slots = shape
         shown, aligned = self.texts(raw.records, step, rows)
-        ids, mask = self.tokens.gather(shown, length)
+        ids, mask = self.tokens.gather(shown, shape.length)
         hidden = self.selected(ids, mask, step, rows)
         # Selected tokens first, in order: a stable sort gathers them into a fixed number of slots without a host read.
-        positions = (~hidden).flatten().int().argsort(stable=True)[:slots]
+        positions = (~hidden).flatten().int().argsort(stable=True)[: shape.slots]
         used = hidden.flatten()[positions]
         labels = torch.where(used, ids.flatten()[positions], -100)
         signal = raw.adc if raw.signal is None else raw.signal
@@ -152,6 +162,7 @@ class BatchMaker:
             text_ids=self._corrupt(ids, hidden, step, rows), text_mask=mask,
             mlm_positions=torch.where(used, positions, 0), mlm_labels=labels,
             noise=philox.uniform(self.seed, philox.ECG_MASK, step, rows, self.ecg_tokens),
+            text_tokens=shape.tokens,
         )  # fmt: skip
 
     def _corrupt(self, ids: Tensor, hidden: Tensor, step: int | Tensor, rows: Tensor) -> Tensor:

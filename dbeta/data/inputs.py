@@ -40,7 +40,7 @@ def load_inputs(corpus: Corpus, config: Config) -> tuple[BatchMaker, Tokenizer]:
         config.loss,
         seed=config.train.seed,
         batch=config.train.batch,
-        ecg_tokens=model.samples >> model.stem_layers,
+        ecg_tokens=model.ecg_tokens,
         kernels=config.runtime.kernels,
     )
     return maker, tokenizer
