@@ -2,13 +2,13 @@
 
 With t the truth in float64, e_ref = |reference in the same dtype - t| and e = |kernel - t|, elementwise
 ``e <= e_ref + tol * max(|t|, rms(t))`` for every output and every gradient. The magnitude is each element's own, or the
-tensor's root mean square where an element is smaller: rounding of a sum is relative to its terms.
+tensor's root mean square where an element is smaller (rounding of a sum is relative to its terms), or the dtype's
+smallest normal number.
 """
 
 import contextlib
 import inspect
 import linecache
-import sys
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -59,7 +59,7 @@ def evaluate(function: Callable, inputs: Inputs, differentiable: tuple[str, ...]
     return results
 
 
-def check(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, *, backend: str = "fused") -> None:
+def check(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, *, backend: str = "fused", paper: bool = False) -> None:
     """Hold ``spec.function`` to the budget on ``inputs`` of dtype ``dtype``.
 
     Raises:
@@ -71,7 +71,7 @@ def check(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, *, backend: str 
 
     actual = evaluate(kernel, inputs, spec.differentiable)
     reference = evaluate(spec.reference, inputs, spec.differentiable)
-    truth = evaluate(spec.truth or spec.reference, to_float64(inputs), spec.differentiable)
+    truth = evaluate((paper and spec.truth) or spec.reference, to_float64(inputs), spec.differentiable)
     for name in truth:
         assert_budget(name, actual[name], reference[name], truth[name], spec.tolerance[dtype])
 
@@ -83,9 +83,10 @@ def assert_budget(name: str, actual, reference, truth, tolerance: float) -> None
         raise AssertionError(f"{name}: {got}, the reference gives {want}")
     if not truth.numel():
         return
-    actual, reference = actual.double(), reference.double()
+    smallest = torch.finfo(actual.dtype).smallest_normal if actual.is_floating_point() else 0.0
+    actual, reference, truth = actual.double(), reference.double(), truth.double()
     same = (actual == truth) | (actual.isnan() & truth.isnan())  # also equal infinities
-    magnitude = torch.maximum(truth.abs(), truth.square().mean().sqrt())
+    magnitude = torch.maximum(truth.abs(), truth.square().mean().sqrt()).clamp(min=smallest)
     budget = (reference - truth).abs() + tolerance * magnitude
     error = (actual - truth).abs()
     wrong = ~same & ~(error <= budget)  # a NaN on either side is wrong
@@ -155,8 +156,8 @@ def poisoned_empty() -> Iterator[None]:
 @contextlib.contextmanager
 def mutated(spec: KernelSpec, mutant: Mutant) -> Iterator[None]:
     """Within the context the operator's module holds ``mutant.function`` with its source changed."""
-    module = sys.modules[spec.function.__module__]
-    original = getattr(module, mutant.function)
+    module, name = spec.locate(mutant.function)
+    original = getattr(module, name)
     source = inspect.getsource(getattr(original, "fn", original))
     if source.count(mutant.old) != 1:
         raise ValueError(
@@ -171,5 +172,5 @@ def mutated(spec: KernelSpec, mutant: Mutant) -> Iterator[None]:
         exec(compile(changed, filename, "exec"), module.__dict__)  # our own source, edited
         yield
     finally:
-        setattr(module, mutant.function, original)
+        setattr(module, name, original)
         linecache.cache.pop(filename, None)

@@ -5,6 +5,8 @@ Nothing is tested or timed by name: ``specs()`` imports every operator and hands
 """
 
 import importlib
+import sys
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +21,14 @@ OPERATORS = ("ets_loss", "lead_mask", "mem_loss", "positional_conv", "conv_stem"
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mutant:
     """A deliberately wrong kernel: ``function``'s source with ``old`` (once in it) replaced by ``new``.
 
     The budget test of case ``case`` must fail with it, or that test proves nothing about the line.
     """
 
-    function: str  # name in the operator's module: a kernel, a device helper or a host function
+    function: str  # a kernel, device helper or host function of the operator's module, or "module.name"
     old: str
     new: str
     case: str
@@ -40,7 +42,7 @@ class AotConfig:
     Pointers and the arguments named in ``divisible`` are taken as multiples of 16, as the launcher will find them.
     """
 
-    kernel: str
+    kernel: str  # as a mutant's function
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
     num_warps: int = 4
@@ -64,7 +66,7 @@ class KernelSpec:
         ranges: option -> (low, high) inclusive, for shapes drawn at random.
         differentiable: inputs that get a gradient (a tuple of tensors counts as many).
         interpreted: the dtypes the Triton interpreter computes rightly (its bfloat16 ``tl.dot`` returns garbage).
-        truth: replaces ``reference`` for the float64 truth where that would not fit in memory.
+        truth: replaces ``reference`` for the float64 truth of paper-sized cases, where that would not fit in memory.
         flops, bytes: of one call (forward + backward where there is one), the minimum that must be done and moved.
         peers: other implementations worth a row in the benchmark, called as ``peer(**inputs)``.
     """
@@ -88,6 +90,11 @@ class KernelSpec:
     flops: Callable[[Inputs], float]
     bytes: Callable[[Inputs], float]
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def locate(self, function: str) -> tuple[types.ModuleType, str]:
+        """The module and the name in it of one of the operator's functions."""
+        module, _, name = function.rpartition(".")
+        return sys.modules[f"dbeta_kernels.{module}" if module else self.function.__module__], name
 
 
 _SPECS: dict[str, KernelSpec] = {}
