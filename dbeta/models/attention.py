@@ -81,7 +81,9 @@ def resolve_backend(name: str, device: str = "auto") -> str:
     if name == "auto":
         name = ("flash-attn" if package else "sdpa-flash") if cuda else "sdpa"
         if cuda and not package:
-            announce("attention: sdpa-flash (flash-attn is not installed: pip install dbeta[flash]); masked keys use sdpa")
+            announce(
+                "attention: sdpa-flash (flash-attn is not installed: pip install dbeta[flash]); masked keys use sdpa"
+            )
     if name not in BACKENDS:
         raise ValueError(f"runtime.attention = {name!r}; accepted: auto, {', '.join(BACKENDS)}")
     if name == "flash-attn" and not (package and cuda):
@@ -128,7 +130,7 @@ def attend(
         bias = key_rows.mask[:, None, None, :]
     if backend == "reference":
         out = _written_out(q, k, v, bias, scale, dropout)
-    elif backend == "sdpa-flash" and bias is None and (half or not q.is_cuda and not dropout):
+    elif backend == "sdpa-flash" and bias is None and (half or (not q.is_cuda and not dropout)):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     else:
@@ -147,7 +149,7 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
 def _flash_package(
     q: Tensor, k: Tensor, v: Tensor, rows: Rows | None, key_rows: Rows | None, scale: float, dropout: float
 ) -> Tensor:
-    """FlashAttention-2 on packed sequences. The filler rows at the end of a packed tensor become sequences of their own."""
+    """FlashAttention-2 on packed sequences; filler rows at the end of a packed tensor become sequences of their own."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     if rows is None and key_rows is None:

@@ -172,13 +172,13 @@ class DBeta(nn.Module):
         return outputs
 
     def _text_states(self, ids: Tensor, rows: Rows) -> Tensor:
-        """Text encoder states in the layout ``rows``; without ``text_mask`` padding is attended, so none is left out."""
+        """Text encoder states in the layout ``rows``; without ``text_mask`` padding is attended, so none is spared."""
         if self.config.text_mask and self.text_encoder.packs:
             return self.text_encoder(ids, rows)
         mask = rows.mask if self.config.text_mask else torch.ones_like(rows.mask)
         return rows.pack(self.text_encoder(ids, Rows(mask)))
 
-    # --- use -----------------------------------------------------------------------------------------------------------
+    # --- use ---------------------------------------------------------------------------------------------------------
 
     def ecg_features(self, ecg: Tensor) -> Tensor:
         """Tanh-pooled CLS of the unmasked ECG, float [B, C, L] mV -> [B, D], in the current mode."""

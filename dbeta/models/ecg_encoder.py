@@ -4,19 +4,22 @@ import math
 
 import torch
 import torch.nn.functional as F
+from dbeta_kernels.conv_stem import conv_stem
+from dbeta_kernels.positional_conv import positional_conv
 from torch import Tensor, nn
 
 from dbeta.config import ModelConfig
 from dbeta.models.layers import PostNormLayer, take_tokens
-from dbeta.models.plain import conv_stem, positional_conv
 
 
 class ConvStem(nn.Module):
-    """Convolutions of kernel 2 and stride 2 without bias, erf-GELU after each; one group norm per channel after the first."""
+    """Convolutions of kernel 2 and stride 2 without bias, erf-GELU after each; the first has a norm per channel."""
 
     def __init__(self, leads: int, width: int, layers: int):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv1d(leads if i == 0 else width, width, 2, 2, bias=False) for i in range(layers))
+        self.convs = nn.ModuleList(
+            nn.Conv1d(leads if i == 0 else width, width, 2, 2, bias=False) for i in range(layers)
+        )
         self.norm = nn.GroupNorm(width, width)
         self.backend = "auto"
 
@@ -76,7 +79,7 @@ class EcgEncoder(nn.Module):
     def embed(self, ecg: Tensor, keep: Tensor | None = None, *, gathered: bool = True) -> Tensor:
         """[B, C, L] mV -> tokens [B, T, D], or [B, K, D] at ``keep``.
 
-        ``gathered`` computes the positional convolution at the kept tokens alone, else everywhere before they are taken.
+        ``gathered`` computes the positional convolution at the kept tokens only, else everywhere first.
         """
         x = self.input_projection(self.stem_norm(self.stem(ecg)))
         x = F.dropout(x, self.dropout, self.training)

@@ -36,7 +36,9 @@ class Fusion(nn.Module):
             )  # fmt: skip
             setattr(self, side, nn.ModuleList(layers))
 
-    def forward(self, text: Tensor, ecg: Tensor, rows: Rows, *, cells: Tensor | None = None, cls_only: bool = False) -> Fused:
+    def forward(
+        self, text: Tensor, ecg: Tensor, rows: Rows, *, cells: Tensor | None = None, cls_only: bool = False
+    ) -> Fused:
         """All layers; the last one only where its output is read.
 
         Args:

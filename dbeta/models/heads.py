@@ -46,7 +46,9 @@ class MemHead(nn.Module):
         self.embed = nn.Linear(config.width, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.register_buffer("positions", sinusoids(POSITIONS, width))
-        self.blocks = nn.ModuleList(PreNormBlock(width, config.mem_heads, config.mem_ffn) for _ in range(config.mem_layers))
+        self.blocks = nn.ModuleList(
+            PreNormBlock(width, config.mem_heads, config.mem_ffn) for _ in range(config.mem_layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, config.leads * config.patch)
 

@@ -45,7 +45,15 @@ class PostNormLayer(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, ffn: int, *, eps: float, dropout: float, attention_dropout: float, cross: bool = False
+        self,
+        width: int,
+        heads: int,
+        ffn: int,
+        *,
+        eps: float,
+        dropout: float,
+        attention_dropout: float,
+        cross: bool = False,
     ):
         super().__init__()
         self.dropout = dropout

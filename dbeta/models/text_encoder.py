@@ -94,7 +94,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, relative: bool):
         super().__init__()
         self.dropout = config.dropout
-        attention = nn.ModuleDict({"SelfAttention": SelfAttention(config, relative), "layer_norm": RmsNorm(config.text_width)})
+        attention = nn.ModuleDict(
+            {"SelfAttention": SelfAttention(config, relative), "layer_norm": RmsNorm(config.text_width)}
+        )
         ffn = nn.ModuleDict({"DenseReluDense": FeedForward(config), "layer_norm": RmsNorm(config.text_width)})
         self.layer = nn.ModuleList((attention, ffn))
 
@@ -127,7 +129,9 @@ class T5Encoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std.get(name.rpartition(".")[2], config.text_width**-0.5))
         nn.init.normal_(self.embed_tokens.weight)
-        nn.init.normal_(self.block[0].layer[0]["SelfAttention"].relative_attention_bias.weight, std=config.text_width**-0.5)
+        nn.init.normal_(
+            self.block[0].layer[0]["SelfAttention"].relative_attention_bias.weight, std=config.text_width**-0.5
+        )
 
     def forward(self, ids: Tensor, rows: Rows) -> Tensor:
         """int64 [B, T] -> [B, T, D], or packed [N, D] as ``rows`` says; keys outside ``rows.mask`` are not attended."""
