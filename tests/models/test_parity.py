@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from dbeta.config import LossConfig, RuntimeConfig
-from dbeta.data.batch import Batch
 from dbeta.losses import pretraining_losses
 from dbeta.models.attention import Rows
 from dbeta.models.dbeta import DBeta
@@ -108,26 +107,12 @@ def test_masked_forward(model, inputs, tiny, check):
     assert torch.equal(masks, tiny["f32/fwd_mask/mem_masks"])
 
 
-def batch_of(tiny, dtype: torch.dtype, normalise: bool, text_tokens: int | None = None) -> Batch:
-    ecg, labels = tiny["in/ecg"].to(dtype), tiny["in/mlm_labels"].flatten()
-    positions = (labels != -100).nonzero()[:, 0]
-    cut = ecg[..., : 312 * 16]
-    mean, rstd = cut.mean(-1), (cut.var(-1) + 1e-6).rsqrt()
-    return Batch(
-        records=torch.arange(3), ecg=ecg, signal=ecg, gain=None, baseline=None,
-        mean=mean if normalise else None, rstd=rstd if normalise else None,
-        reports=torch.arange(3), text_reports=torch.arange(3), aligned=tiny["in/is_aligned"].bool(),
-        text_ids=tiny["in/text_ids"], text_mask=tiny["in/text_attention_mask"].bool(), mlm_positions=positions,
-        mlm_labels=labels[positions], noise=tiny["in/noise"], text_tokens=text_tokens,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("engine", ["dense", "removals"])
 @pytest.mark.parametrize("pix", [0, 1])
-def test_losses_and_gradients(parity, tiny, precision, check, engine, pix):
+def test_losses_and_gradients(parity, tiny, tiny_batch, precision, check, engine, pix):
     model = with_engine(parity, engine, precision)
     losses = pretraining_losses(
-        model, batch_of(tiny, DTYPE[precision], bool(pix), 41), LossConfig(ets_reduction="mean")
+        model, tiny_batch(DTYPE[precision], normalise=bool(pix), text_tokens=41), LossConfig(ets_reduction="mean")
     )
     values = (losses.mlm, losses.mem, losses.etm, losses.ets, losses.total)
     check(f"loss/pix{pix}", torch.stack(values))
