@@ -69,7 +69,7 @@ class Validator:
         metrics |= retrieval(features, torch.cat(text).cpu(), torch.cat(reports).cpu())
         metrics["score"] = -metrics["total"]
         if self.names:
-            table = auc_table(features, self.model.encode_text(self.prompts).cpu(), self.targets, self.names)
+            table = auc_table(features, self.model.encode_text(self.prompts).cpu(), self.targets, self.names, bootstrap=0)
             metrics["zero_shot_auc"] = metrics["score"] = table.macro
             self.per_class = table.per_class
         self.model.train()

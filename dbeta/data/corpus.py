@@ -59,7 +59,7 @@ class Corpus:
                 raise ValueError(f"{path} is not a dbeta corpus (format {info.get('format')!r}); {_MAKE}")
             if info["version"] > VERSION:
                 raise ValueError(
-                    f"corpus {path} has format version {info['version']}, this dbeta reads up to {VERSION}; upgrade dbeta"
+                    f"corpus {path} has format version {info['version']}, dbeta reads up to {VERSION}; upgrade it"
                 )
             if not info["records"]:
                 raise ValueError(f"corpus {path} is empty: every record was rejected, see {path / 'rejected.csv'}")

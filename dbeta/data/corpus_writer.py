@@ -2,7 +2,8 @@
 
 Tasks are permuted once by seed and cut into shards. A worker process reads the tasks of one shard, writes its tar,
 index and rows under temporary names and renames them, the rows last: a shard with its rows is whole, and a run that was
-killed goes on with the shards that have none. At the end the rows are joined and ``corpus.json`` makes the folder a corpus.
+killed goes on with the shards that have none. At the end the rows are joined, and ``corpus.json`` makes the folder a
+corpus.
 """
 
 import csv

@@ -32,7 +32,7 @@ def load_inputs(corpus: Corpus, config: Config) -> tuple[BatchMaker, Tokenizer]:
             negatives(corpus.path, encoder="hashing", device="cpu")
         table = torch.as_tensor(load_negatives(corpus).table)
     maker = BatchMaker(
-        torch.as_tensor(corpus.column("report")).long(),
+        torch.tensor(corpus.column("report"), dtype=torch.int64),
         token_table(corpus, tokenizer),
         table,
         TextVocabulary(size=tokenizer.vocab_size, mask=tokenizer.mask, special=tokenizer.special_ids),

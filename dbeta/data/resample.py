@@ -1,0 +1,81 @@
+"""One resampling filter for every engine: a Kaiser-windowed sinc to 500 Hz that removes what would alias.
+
+    y[n] = sum_j table[n*down mod up, j] x[floor(n*down/up) + first + j],    up/down = 500/rate in lowest terms
+
+The cut-off is the lower of the two Nyquist frequencies; the window spans 16 of its zero crossings on each side (shape
+6.8, some 70 dB). Rows sum to 1; near the ends only samples that exist count and their weights are scaled to sum to 1,
+so a constant stays constant everywhere. C++ and DALI read the same table (csrc/wfdb.h).
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+from scipy import sparse
+
+RATE_HZ = 500
+CROSSINGS = 16
+SHAPE = 6.8
+
+
+@dataclass(frozen=True, eq=False)
+class FilterTable:
+    """A polyphase filter; see the module's equation."""
+
+    table: np.ndarray  # float32 [up, taps]
+    up: int
+    down: int
+    first: int  # offset of tap 0 from the input sample at or before an output sample
+
+
+@lru_cache(maxsize=32)
+def filter_table(rate_hz: float) -> FilterTable | None:
+    """The filter from ``rate_hz`` to 500 Hz; None where there is nothing to do.
+
+    Raises:
+        ValueError: a rate that is not between 50 and 10,000 Hz.
+    """
+    if not 50 <= rate_hz <= 10_000:
+        raise ValueError(f"sampling rate {rate_hz} Hz; accepted: 50 to 10000 Hz")
+    ratio = (RATE_HZ / Fraction(rate_hz).limit_denominator(1000)).limit_denominator(10_000)
+    up, down = ratio.numerator, ratio.denominator
+    if up == down:
+        return None
+    narrow = min(1.0, up / down)  # the cut-off relative to the input's Nyquist frequency
+    half = int(np.ceil(CROSSINGS / narrow))
+    time = np.arange(1 - half, half + 1) - np.arange(up)[:, None] / up  # of each tap from the output sample
+    window = np.i0(SHAPE * np.sqrt(np.clip(1 - (time / half) ** 2, 0, None)))
+    weights = np.sinc(narrow * time) * window
+    weights /= weights.sum(1, keepdims=True)
+    return FilterTable(weights.astype(np.float32), up, down, 1 - half)
+
+
+@lru_cache(maxsize=32)
+def _matrix(rate_hz: float, samples: int) -> sparse.csr_array:
+    """The whole operation on ``samples`` inputs as a sparse matrix [outputs, samples], ends included."""
+    design = filter_table(rate_hz)
+    outputs = -(-samples * design.up // design.down)
+    place = np.arange(outputs) * design.down
+    column = place[:, None] // design.up + design.first + np.arange(design.table.shape[1])
+    exists = (column >= 0) & (column < samples)
+    weights = np.where(exists, design.table[place % design.up], 0).astype(np.float64)
+    weights /= weights.sum(1, keepdims=True)
+    rows = np.broadcast_to(np.arange(outputs)[:, None], column.shape)
+    entries = (weights[exists].astype(np.float32), (rows[exists], column[exists]))
+    return sparse.csr_array(entries, shape=(outputs, samples))
+
+
+def resample(signal: np.ndarray, rate_hz: float) -> np.ndarray:
+    """``signal`` [..., L] at ``rate_hz`` to float32 [..., ceil(L * 500 / rate)] at 500 Hz.
+
+    Raises:
+        ValueError: an impossible rate, or an empty signal.
+    """
+    signal = np.asarray(signal, np.float32)
+    if signal.shape[-1] == 0:
+        raise ValueError("the signal has no samples to resample")
+    if filter_table(rate_hz) is None:
+        return signal
+    flat = signal.reshape(-1, signal.shape[-1])
+    return np.ascontiguousarray((_matrix(rate_hz, signal.shape[-1]) @ flat.T).T).reshape(*signal.shape[:-1], -1)
