@@ -43,13 +43,15 @@ class Rows(NamedTuple):
     def packed(cls, mask: Tensor, capacity: int) -> "Rows":
         """The tokens of ``mask`` in order, then padding cells up to ``capacity`` rows (all static shapes).
 
-        ``capacity`` must be at least the number of tokens; the caller knows their lengths.
+        ``capacity`` must be at least the number of tokens, which the caller knows. Where it is not, indices run out of
+        the grid: an IndexError on a CPU, a device-side assertion on a GPU, without a read by the host.
         """
         flat = mask.flatten()
         real = flat.cumsum(0)
         place = torch.where(flat, real - 1, real[-1] + (~flat).cumsum(0) - 1)
         index = torch.empty_like(place).scatter_(0, place, torch.arange(len(flat), device=flat.device))
-        return cls(mask, index[:capacity], place.clamp(max=capacity - 1), ordered=True)
+        index = index[:capacity] + len(flat) * (real[-1] > capacity)
+        return cls(mask, index, place.clamp(max=capacity - 1), ordered=True)
 
     def select(self, cells: Tensor) -> "Rows":
         """The layout of the rows at ``cells`` (int64 [S], repeats allowed)."""

@@ -86,11 +86,15 @@ class DBeta(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """MODEL section 9: normal with deviation 0.02 and zero biases, except where it says otherwise."""
+        """MODEL section 9: normal with deviation 0.02 and zero biases, except where it says otherwise.
+
+        0.02 belongs to width 768; a narrower network takes 0.02 sqrt(768 / width), so that signals keep their size.
+        """
+        std = 0.02 * (768 / self.config.width) ** 0.5
         text = set(self.text_encoder.modules())
         for module in self.modules():
             if module not in text and isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         for conv in self.ecg_encoder.stem.convs:
@@ -99,7 +103,7 @@ class DBeta(nn.Module):
             self.ecg_encoder.input_projection.reset_parameters()
         self.ecg_encoder.positional.reset_parameters()
         nn.init.uniform_(self.ecg_encoder.cls)
-        nn.init.normal_(self.mem_head.mask_token, std=0.02)
+        nn.init.normal_(self.mem_head.mask_token, std=std)
         for block in self.mem_head.blocks:
             nn.init.xavier_uniform_(block.attention.qkv.weight)
         if isinstance(self.text_encoder, T5Encoder):
