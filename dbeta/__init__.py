@@ -9,4 +9,8 @@ def __getattr__(name: str):
         from dbeta.models.dbeta import DBeta
 
         return DBeta
+    if name == "read_ecg":
+        from dbeta.data.records import read_ecg
+
+        return read_ecg
     raise AttributeError(f"module 'dbeta' has no attribute {name!r}")

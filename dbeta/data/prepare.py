@@ -1,6 +1,7 @@
 """``dbeta prepare``: the raw records of a data set to a corpus."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import numpy as np
 
 from dbeta.data.corpus_writer import Plan, write_corpus
 from dbeta.data.records import Record
+from dbeta.data.sources import mimic_iv_ecg, ptb_xl
+
+SOURCES = {"mimic-iv-ecg": mimic_iv_ecg, "ptb-xl": ptb_xl}
 
 
 def prepare(
@@ -28,10 +32,14 @@ def prepare(
         ValueError: the root does not hold that data set, or ``out`` cannot be used.
     """
     if source == "synthetic":
-        plan = synthetic_plan(limit or 4000, seed, cleaning)
+        plan, refused = synthetic_plan(limit or 4000, seed, cleaning), []
     else:
-        raise ValueError(f"source {source!r}; accepted: synthetic")
-    info = write_corpus(plan, Path(out), workers=workers)
+        if root is None or not Path(root).is_dir():
+            raise ValueError(f"ROOT {root or 'is not given and'} is no folder; give the one that holds {source}")
+        plan, refused = SOURCES[source](Path(root), seed, cleaning)
+        if limit:
+            plan = replace(plan, tasks=plan.tasks[:limit])
+    info = write_corpus(plan, Path(out), workers=workers, rejected=refused)
     splits = ", ".join(f"{count:,} {name}" for name, count in info["splits"].items())
     click.echo(
         f"{out}: {info['records']:,} records ({splits}) of {info['subjects']:,} subjects, {info['reports']:,} reports; "

@@ -1,10 +1,17 @@
-"""One raw record in canonical form: twelve leads in a fixed order, native integers, and how they become millivolts."""
+"""One record in canonical form: twelve leads in a fixed order, native integers, and how they become millivolts."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+from dbeta.data.formats import STANDARD, Raw, read_code15_mat, read_cpsc_mat, read_sph, read_wfdb, trim
+
+LEADS = STANDARD
+_PLACE = {name.upper(): index for index, name in enumerate(LEADS)}
+# Limb leads follow from I and II: III = II - I, aVR = -(I + II) / 2, aVL = I - II / 2, aVF = II - I / 2.
+DERIVED = np.array([[-1.0, 1.0], [-0.5, -0.5], [1.0, -0.5], [-0.5, 1.0]])
+EINTHOVEN_LIMIT = 0.5  # residual over signal, both root mean square; swapped limb leads give 1 and more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +42,11 @@ class Record:
     flat: np.ndarray = field(default_factory=lambda: np.zeros(12, bool))
     notes: tuple[tuple[str, str], ...] = ()
 
+    def to_mv(self) -> np.ndarray:
+        """Float32 [12, L] mV; an invalid sample is 0."""
+        valid = self.adc != np.iinfo(self.adc.dtype).min
+        return np.where(valid, (self.adc - self.baseline[:, None]) / self.gain[:, None], 0).astype(np.float32)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejection:
@@ -43,3 +55,103 @@ class Rejection:
     name: str
     reason: str
     detail: str = ""
+
+
+def canonical(
+    raw: Raw,
+    *,
+    name: str,
+    subject: str,
+    all_leads: bool = False,
+    invalid: bool = True,
+    rate_hz: float | None = None,
+    **more,
+) -> Record:
+    """Put the leads of ``raw`` in order by name and check them.
+
+    Args:
+        all_leads: refuse a record without all twelve; else missing ones hold the invalid code.
+        invalid: accept invalid samples (they are 0 mV); else refuse them, as the paper drops records with NaN.
+        rate_hz: the only rate accepted.
+        more: report, labels, split of the ``Record``.
+
+    Raises:
+        ValueError: "reason: detail", as it goes into rejected.csv.
+    """
+    if rate_hz is not None and raw.rate_hz != rate_hz:
+        raise ValueError(f"wrong rate: {raw.rate_hz:g} Hz, expected {rate_hz:g}")
+    if raw.rate_hz <= 0 or raw.adc.shape[1] == 0:
+        raise ValueError(f"empty record: {raw.adc.shape[1]} samples at {raw.rate_hz:g} Hz")
+    names = [lead.strip().upper() for lead in raw.names]
+    known = [lead for lead in names if lead in _PLACE]
+    if len(set(known)) != len(known):
+        raise ValueError(f"duplicate lead: {' '.join(raw.names)}")
+    present = np.isin(np.arange(12), [_PLACE[lead] for lead in known])
+    if not present.any() or (all_leads and not present.all()):
+        missing = " ".join(lead for lead, here in zip(LEADS, present) if not here)
+        raise ValueError(f"missing leads: {missing}; the record has {' '.join(raw.names)}"[:200])
+    code = np.iinfo(raw.adc.dtype).min
+    adc = np.full((12, raw.adc.shape[1]), code, raw.adc.dtype)
+    gain, baseline = np.ones(12), np.zeros(12, np.int32)
+    for index, lead in enumerate(names):
+        if lead in _PLACE:
+            place = _PLACE[lead]
+            adc[place], gain[place], baseline[place] = raw.adc[index], raw.gain[index], raw.baseline[index]
+    if not invalid and (adc[present] == code).any():
+        raise ValueError(f"invalid samples: {int((adc[present] == code).sum())} (NaN)")
+    flat = (adc == adc[:, :1]).all(1)
+    if flat[present].all():
+        raise ValueError("flat: no lead ever changes")
+    record = Record(
+        name=name, adc=adc, rate_hz=raw.rate_hz, gain=gain, baseline=baseline, subject=subject, present=present,
+        flat=flat, notes=raw.notes, **more,
+    )  # fmt: skip
+    residual = einthoven_residual(record)
+    if residual > EINTHOVEN_LIMIT:
+        raise ValueError(
+            f"limb leads contradict each other: residual {residual:.2f} of the signal (swapped or mislabelled)"
+        )
+    return record
+
+
+def einthoven_residual(record: Record) -> float:
+    """How far limb leads are from Einthoven's and Goldberger's equations: rms residual over rms; 0 without all six."""
+    if not record.present[:6].all():
+        return 0.0
+    limb = record.to_mv()[:6].astype(np.float64)
+    limb -= np.median(limb, axis=1, keepdims=True)
+    off = limb[2:] - DERIVED @ limb[:2]
+    scale = np.sqrt((limb**2).mean())
+    return float(np.sqrt((off**2).mean()) / scale) if scale else 0.0
+
+
+def read_record(path: str | Path) -> Record:
+    """Any supported record by its path: WFDB (``.hea``, or the path without it), CPSC .mat, CODE-15 .mat, SPH .h5.
+
+    Raises:
+        ValueError: what is wrong with it, and its path.
+    """
+    path = Path(path)
+    try:
+        return canonical(_read(path), name=path.stem, subject=path.stem)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> Raw:
+    if path.suffix == ".h5":
+        return read_sph(path)
+    if path.suffix == ".mat" and not path.with_suffix(".hea").is_file():
+        try:
+            return read_cpsc_mat(path)
+        except ValueError:
+            return trim(read_code15_mat(path))
+    return read_wfdb(path.with_suffix("") if path.suffix in (".mat", ".dat") else path)
+
+
+def read_ecg(path: str | Path) -> np.ndarray:
+    """Any supported record as float32 [12, L] mV at 500 Hz, canonical leads; see ``read_record``."""
+    from dbeta.data.resample import resample
+
+    record = read_record(path)
+    return resample(record.to_mv(), record.rate_hz)
