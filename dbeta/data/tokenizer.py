@@ -1,8 +1,7 @@
-"""The tokenizer: T5's from a directory or the hub cache, or one trained on the corpus's own reports.
+"""The tokenizer: T5's from a directory or the hub, or one trained on the corpus's own reports.
 
 A thin layer over Hugging Face's ``tokenizers``, because a table of every unique report is tokenised once and training
-needs no more than a few ids. A folder with ``tokenizer.json`` is read without importing transformers. Nothing is ever
-downloaded here.
+needs no more than a few ids. A folder with ``tokenizer.json`` is read without importing transformers.
 """
 
 import functools
@@ -78,8 +77,8 @@ def load_tokenizer(
     """The tokenizer that ``data.tokenizer`` names.
 
     Args:
-        spec: a directory, a hub id that lies in the local cache, or "corpus": one trained on ``corpus.reports`` and
-            kept in the corpus folder.
+        spec: a directory, a hub id (downloaded where it is not in the local cache), or "corpus": one trained on
+            ``corpus.reports`` and kept in the corpus folder.
         corpus: needed for "corpus" only; has ``.path`` and ``.reports``.
         max_tokens: truncation, end token included.
         max_vocabulary: size of the model's embedding table, and the limit of a trained vocabulary.
@@ -102,16 +101,7 @@ def load_tokenizer(
 
 def _find(spec: str | Path) -> tuple[tokenizers.Tokenizer, dict]:
     """Backend and special-token names of a directory or a cached hub id."""
-    folder = Path(spec)
-    if not folder.is_dir():
-        cached = _cached(str(spec))
-        if cached is None:
-            raise ValueError(
-                f"tokenizer {str(spec)!r} is neither a directory nor in the Hugging Face cache (nothing is "
-                f"downloaded here); use --set data.tokenizer=DIR or --set data.tokenizer=corpus, or first run "
-                f"`hf download {spec}`"
-            )
-        folder = cached
+    folder = Path(spec) if Path(spec).is_dir() else _from_hub(str(spec))
     try:
         if (folder / "tokenizer.json").is_file():
             config = folder / "tokenizer_config.json"
@@ -129,18 +119,22 @@ def _find(spec: str | Path) -> tuple[tokenizers.Tokenizer, dict]:
         ) from None
 
 
-def _cached(hub_id: str) -> Path | None:
+def _from_hub(hub_id: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
-    for name in ("tokenizer.json", "spiece.model", "vocab.txt"):
-        try:
-            path = huggingface_hub.try_to_load_from_cache(hub_id, name)
-        except HFValidationError:
-            return None
-        if isinstance(path, str):
-            return Path(path).parent
-    return None
+    wanted = ("tokenizer.json", "spiece.model", "vocab.txt")
+    try:
+        for name in wanted:
+            cached = huggingface_hub.try_to_load_from_cache(hub_id, name)
+            if isinstance(cached, str):
+                return Path(cached).parent
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[*wanted, "*config.json"]))
+    except (OSError, HFValidationError) as error:  # hub errors are OSErrors: offline, no such id, no access
+        raise ValueError(
+            f"tokenizer {hub_id!r} is neither a directory nor in the Hugging Face cache, and cannot be downloaded "
+            f"({type(error).__name__}); use --set data.tokenizer=DIR or --set data.tokenizer=corpus"
+        ) from None
 
 
 def _assemble(backend: tokenizers.Tokenizer, names: dict, max_tokens: int, what: str) -> Tokenizer:

@@ -149,9 +149,10 @@ def test_trained_tokenizer_is_kept_in_the_corpus_and_fits_the_model(texts, tmp_p
     assert load_tokenizer("corpus", corpus).vocab_size < 1024  # another size is another tokenizer
 
 
-def test_errors_are_one_line_and_name_the_option(shared, tmp_path):
+def test_errors_are_one_line_and_name_the_option(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for spec, word in [
-        ("google/no-such-tokenizer", "hf download"),
+        ("google/no-such-tokenizer", "cannot be downloaded"),
         (tmp_path, "tokenizer.json"),
         ("bad///name", "Hugging Face cache"),
         ("corpus", "--data"),
