@@ -78,15 +78,20 @@ def prepare(source, root, out, workers, limit, seed, cleaning):
 
 @main.command()
 @click.argument("corpus", type=FOLDER)
-@click.option("--encoder", default="google/flan-t5-small", help="T5 hub id or folder, or hashing (no model needed).")
+@click.option(
+    "--encoder", default="auto", help="Hub id or folder of a text encoder, or hashing (no model); auto: cached Flan-T5."
+)
 @click.option("--k", type=click.IntRange(1), default=64, help="Far reports kept for each report.")
 @click.option("--device", type=DEVICE, default="auto", help="Where to embed and search.")
 @click.option("--engine", type=click.Choice(["auto", "faiss", "torch"]), default="auto", help="Search engine.")
-def negatives(corpus, encoder, k, device, engine):
+@click.option(
+    "--remedy", type=click.Choice(["none", "centre", "local-scaling"]), default="none", help="Against hub reports."
+)
+def negatives(corpus, encoder, k, device, engine, remedy):
     """Find each report's farthest reports (N3S) and store the table that training draws from."""
     from dbeta.data.negatives import negatives
 
-    negatives(corpus, encoder=encoder, k=k, device=device, engine=engine)
+    negatives(corpus, encoder=encoder, k=k, device=device, engine=engine, remedy=remedy)
 
 
 if __name__ == "__main__":

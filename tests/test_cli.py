@@ -13,7 +13,7 @@ OPTIONS = {
         "--preset", "--data", "--out", "--resume", "--compile", "--device", "--seed", "--set", "--show-examples",
     },
     "prepare": {"--out", "--workers", "--limit", "--seed", "--cleaning"},
-    "negatives": {"--encoder", "--k", "--device", "--engine"},
+    "negatives": {"--encoder", "--k", "--device", "--engine", "--remedy"},
 }  # fmt: skip
 
 

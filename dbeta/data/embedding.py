@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from dbeta.data.hub import find_folder
 from dbeta.data.reports import TokenTable
 from dbeta.data.tokenizer import load_tokenizer
 
 PAPER_ENCODER = "google/flan-t5-small"  # paper 3.4, 512 dimensions
+WEIGHTS = ("model.safetensors",)
 FEATURES = 2**18  # hashed words and word pairs; a corpus of 180,000 machine-written reports has fewer distinct ones
 
 
@@ -96,14 +98,17 @@ def load_encoder(encoder: str | Path) -> torch.nn.Module:
     """
     from transformers import AutoModelForTextEncoding
 
+    options = "use dbeta negatives --encoder DIR (a folder with its weights and tokenizer) or --encoder hashing"
+    try:
+        folder = find_folder(encoder, WEIGHTS, (*WEIGHTS, "*.json", "spiece.model", "vocab.txt"))
+    except ValueError as error:
+        raise ValueError(f"text encoder {error}; {options}") from None
     try:
         with _quiet_transformers():
-            model, report = AutoModelForTextEncoding.from_pretrained(encoder, output_loading_info=True)
+            model, report = AutoModelForTextEncoding.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... by what is wrong with the folder
-        raise ValueError(
-            f"no text encoder can be read from {str(encoder)!r} ({str(error).splitlines()[0][:160]}); "
-            f"use dbeta negatives --encoder DIR (a folder with its weights and tokenizer) or --encoder hashing"
-        ) from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"no text encoder can be read from {folder} ({reason[:160]}); {options}") from None
     missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
     missing = {key for key in missing if "pooler" not in key}  # BERT's first-token pooler is not read here
     if missing:
@@ -125,14 +130,6 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def in_cache(encoder: str) -> bool:
-    """Whether a hub id's weights lie in the local Hugging Face cache."""
-    import huggingface_hub
-
-    names = ("model.safetensors", "pytorch_model.bin")
-    return any(isinstance(huggingface_hub.try_to_load_from_cache(encoder, name), str) for name in names)
 
 
 def _batches(lengths: list[int], tokens: int) -> list[tuple[int, int, int]]:

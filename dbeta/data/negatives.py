@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbeta.data.embedding import PAPER_ENCODER, encoder_embedding, hash_embedding, in_cache, unit
+from dbeta.data.embedding import PAPER_ENCODER, WEIGHTS, encoder_embedding, hash_embedding, unit
 from dbeta.data.farthest import Engine, farthest_others, resolve_engine
+from dbeta.data.hub import cached_folder
 from dbeta.data.reports import Reports, digest
 from dbeta.data.tables import load_arrays, save_arrays
 from dbeta.runtime import announce, resolve_device
@@ -145,7 +146,7 @@ def negatives(
     from dbeta.data.corpus import Corpus
 
     opened, where = Corpus.open(corpus), resolve_device(device)
-    fallback = encoder == "auto" and not in_cache(PAPER_ENCODER)
+    fallback = encoder == "auto" and cached_folder(PAPER_ENCODER, WEIGHTS) is None
     if fallback:
         announce(
             f"N3S embeds reports with hashed n-grams ({PAPER_ENCODER} is not in the Hugging Face cache); "

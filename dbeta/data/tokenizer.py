@@ -17,6 +17,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from dbeta.data.hub import find_folder
 from dbeta.runtime import announce
 
 MAX_TOKENS = 254  # paper 4.1: 256 minus room for two specials; T5's end token counts among the 254 (MODEL section 11)
@@ -100,8 +101,13 @@ def load_tokenizer(
 
 
 def _find(spec: str | Path) -> tuple[tokenizers.Tokenizer, dict]:
-    """Backend and special-token names of a directory or a cached hub id."""
-    folder = Path(spec) if Path(spec).is_dir() else _from_hub(str(spec))
+    """Backend and special-token names of a directory or hub id."""
+    options = "use --set data.tokenizer=DIR or --set data.tokenizer=corpus"
+    files = ("tokenizer.json", "spiece.model", "vocab.txt")
+    try:
+        folder = find_folder(spec, files, (*files, "*config.json"))
+    except ValueError as error:
+        raise ValueError(f"tokenizer {error}; {options}") from None
     try:
         if (folder / "tokenizer.json").is_file():
             config = folder / "tokenizer_config.json"
@@ -114,26 +120,8 @@ def _find(spec: str | Path) -> tuple[tokenizers.Tokenizer, dict]:
     except Exception as error:  # tokenizers raises plain Exception; transformers OSError, ValueError, ImportError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"no tokenizer can be read from {folder} ({reason[:120]}); it needs a tokenizer.json or spiece.model: "
-            "use --set data.tokenizer=DIR or --set data.tokenizer=corpus"
-        ) from None
-
-
-def _from_hub(hub_id: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
-
-    wanted = ("tokenizer.json", "spiece.model", "vocab.txt")
-    try:
-        for name in wanted:
-            cached = huggingface_hub.try_to_load_from_cache(hub_id, name)
-            if isinstance(cached, str):
-                return Path(cached).parent
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[*wanted, "*config.json"]))
-    except (OSError, HFValidationError) as error:  # hub errors are OSErrors: offline, no such id, no access
-        raise ValueError(
-            f"tokenizer {hub_id!r} is neither a directory nor in the Hugging Face cache, and cannot be downloaded "
-            f"({type(error).__name__}); use --set data.tokenizer=DIR or --set data.tokenizer=corpus"
+            f"no tokenizer can be read from {folder} ({reason[:120]}); it needs a tokenizer.json or "
+            f"spiece.model: {options}"
         ) from None
 
 

@@ -178,7 +178,7 @@ def test_an_incomplete_or_missing_encoder_is_an_error(shared, tmp_path, monkeypa
     t5_folder(shared, tmp_path, keys=lambda name: "block.1" not in name)
     for encoder, words in [
         (tmp_path, "lacks 9 tensors"),
-        (tmp_path / "no", "--encoder hashing"),
+        (tmp_path / "no", "cannot be downloaded"),
         ("google/none", "--encoder DIR"),
     ]:
         with pytest.raises(ValueError, match=words) as error:
@@ -237,3 +237,20 @@ def test_table_file(tmp_path, ptb_xl):
     (tmp_path / negatives.FILE).write_bytes(b"PK\x03\x04 not a table")
     with pytest.raises(ValueError, match="damaged"):
         load_negatives(corpus)
+
+
+def test_the_command_on_a_prepared_corpus(tmp_path, monkeypatch, capsys):
+    from dbeta.data.corpus import Corpus
+    from dbeta.data.prepare import prepare
+
+    monkeypatch.setattr(negatives, "cached_folder", lambda *_: None)
+    prepare("synthetic", None, tmp_path / "corpus", workers=1, limit=120)
+    summary = negatives.negatives(tmp_path / "corpus", k=16, device="cpu")
+    said = capsys.readouterr()
+    assert "x 16 by hashing" in said.out and "hashed n-grams (google/flan-t5-small is not in" in said.err
+    corpus = Corpus.open(tmp_path / "corpus")
+    made = load_negatives(corpus)
+    assert summary["fallback"] and made.metadata["fallback"] and made.table.shape == (len(corpus.reports), 16)
+    assert not negatives.negatives(tmp_path / "corpus", encoder="hashing", device="cpu")["fallback"]
+    with pytest.raises(ValueError, match="dbeta prepare"):
+        negatives.negatives(tmp_path)
