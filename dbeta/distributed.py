@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dbeta_kernels.ets_loss import ets_loss
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from dbeta_kernels.ets_loss import ets_loss
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from dbeta_kernels.ets_loss import ets_loss
-from dbeta_kernels.mem_loss import mem_loss
 from torch import Tensor
 
 from dbeta.config import LossConfig
+from dbeta_kernels.ets_loss import ets_loss
+from dbeta_kernels.mem_loss import mem_loss
 
 if TYPE_CHECKING:
     from dbeta.data.batch import Batch

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from dbeta_kernels.lead_mask import lead_mask
 from torch import Tensor
 
 from dbeta.config import Config
@@ -12,14 +11,23 @@ from dbeta.data.batch import Batch, BatchMaker
 from dbeta.data.corpus import Corpus
 from dbeta.data.loader import RawBatch, make_loader
 from dbeta.evaluation.metrics import retrieval
-from dbeta.evaluation.prompts import prompts_for
 from dbeta.evaluation.zero_shot import auc_table
 from dbeta.losses import pretraining_losses
 from dbeta.models.dbeta import DBeta
 from dbeta.runtime import announce, autocast
+from dbeta_kernels.lead_mask import lead_mask
 
 LOSSES = ("total", "mlm", "mem", "etm", "ets")
 COUNTERS = ("etm_correct", "mlm_correct", "mlm_count")
+
+
+def prompts_for(corpus: Corpus) -> dict[str, str]:
+    """Zero-shot prompts by label, for corpora whose labels are classes as they stand."""
+    if corpus.source == "synthetic":
+        from dbeta.data.synthetic import zero_shot_prompts
+
+        return zero_shot_prompts()
+    return {}
 
 
 class Validator:
@@ -69,7 +77,8 @@ class Validator:
         metrics |= retrieval(features, torch.cat(text).cpu(), torch.cat(reports).cpu())
         metrics["score"] = -metrics["total"]
         if self.names:
-            table = auc_table(features, self.model.encode_text(self.prompts).cpu(), self.targets, self.names, bootstrap=0)
+            prompts = self.model.encode_text(self.prompts).cpu()
+            table = auc_table(features, prompts, self.targets, self.names, bootstrap=0)
             metrics["zero_shot_auc"] = metrics["score"] = table.macro
             self.per_class = table.per_class
         self.model.train()

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from dbeta_kernels import philox
 
 from dbeta.data import farthest
 from dbeta.data.embedding import hash_embedding, mean_token, unit
@@ -27,6 +26,7 @@ from dbeta.data.reports import TokenTable, normalise
 from dbeta.data.synthetic_draws import LABELS, RHYTHMS
 from dbeta.data.synthetic_reports import write_report
 from dbeta.data.tokenizer import train
+from dbeta_kernels import philox
 
 WIDTH = 512
 BATCH = 128

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from dbeta.data.loader import RawBatch
-from dbeta.models.dbeta import DBeta
 
 from dbeta.config import Config
 from dbeta.data.batch import Batch, BatchMaker, TextVocabulary
+from dbeta.data.loader import RawBatch
 from dbeta.data.reports import TokenTable
+from dbeta.models.dbeta import DBeta
 from dbeta.trainer import Stepper
 
 # Quantiles of the T5 tokens of 10,720 real PTB-XL reports.

@@ -8,13 +8,13 @@ not depend on the number of ranks, and the host can make the same draw without w
 from dataclasses import dataclass
 
 import torch
-from dbeta_kernels import philox
-from dbeta_kernels.lead_mask import lead_mask
 from torch import Tensor
 
 from dbeta.config import DataConfig, LossConfig
 from dbeta.data.loader import RawBatch
 from dbeta.data.reports import TokenTable
+from dbeta_kernels import philox
+from dbeta_kernels.lead_mask import lead_mask
 
 TEXT_BUCKETS = (32, 48, 64, 96, 128, 192, 256)
 

@@ -49,9 +49,7 @@ class Corpus:
         """
         path = Path(path)
         if not (path / "corpus.json").is_file():
-            what = (
-                "is no corpus (no corpus.json: interrupted?)" if path.is_dir() else "is missing"
-            )
+            what = "is no corpus (no corpus.json: interrupted?)" if path.is_dir() else "is missing"
             raise ValueError(f"corpus {path} {what}; {_MAKE}")
         try:
             info = json.loads((path / "corpus.json").read_text())

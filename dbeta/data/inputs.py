@@ -28,7 +28,7 @@ def load_inputs(corpus: Corpus, config: Config) -> tuple[BatchMaker, Tokenizer]:
             command = f"dbeta negatives {corpus.path} --encoder DIR|hashing"
             if config.preset != "smoke":
                 raise ValueError(f"{corpus.path} has no table of negatives; make it with: {command}")
-            announce(f"making the table of negatives with the hashing encoder; for a language model's, run: {command}")
+            announce(f"negatives: hashed n-grams; for a language model's table run: {command}")
             negatives(corpus.path, encoder="hashing", device="cpu")
         table = torch.as_tensor(load_negatives(corpus).table)
     maker = BatchMaker(

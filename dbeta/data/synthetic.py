@@ -67,7 +67,8 @@ def generate(count: int, *, seed: int = 0, start: int = 0) -> SyntheticBatch:
     reports: list[str] = []
     for low in range(0, count, BLOCK):
         block = slice(low, low + BLOCK)
-        reports += _make(seed, ids[block], adc[block], severity[block])
+        adc[block], severity[block], written = _make(seed, ids[block])  # one pass: memory is touched in order
+        reports += written
     return SyntheticBatch(
         adc=adc, gain=GAIN, baseline=0, rate=RATE_HZ, reports=reports, severity=severity,
         labels=[tuple(LABELS[column] for column in np.flatnonzero(row)) for row in severity],
@@ -75,10 +76,10 @@ def generate(count: int, *, seed: int = 0, start: int = 0) -> SyntheticBatch:
     )  # fmt: skip
 
 
-def _make(seed: int, ids: ndarray, adc: ndarray, severity: ndarray) -> list[str]:
-    """Fills ``adc`` [n,12,5000] and ``severity`` [n, labels] of a block and returns its reports."""
+def _make(seed: int, ids: ndarray) -> tuple[ndarray, ndarray, list[str]]:
+    """(adc [n,12,5000], severity [n, labels], reports) of a block of records."""
     draws = Draws(seed, 1, ids)
-    severity[:] = draw_conditions(draws)
+    severity = draw_conditions(draws)
     anatomy = draw_anatomy(Draws(seed, 0, ids // RECORDS_PER_SUBJECT), draws)
     rhythm = draw_rhythm(severity, draws)
     walls = np.floor(len(WALLS) * draws.many(3)).astype(np.int64)
@@ -87,7 +88,7 @@ def _make(seed: int, ids: ndarray, adc: ndarray, severity: ndarray) -> list[str]
     strain = np.where(repolarisation | (draws.uniform() < 0.5), 0, severity[:, COLUMN["LVH"]].astype(np.float64))
 
     groups = beat_waves(severity, anatomy, rhythm, walls, strain, draws)
-    beats = [rhythm.beats.where(rhythm.kind == 1), rhythm.beats.where(rhythm.kind < 2), rhythm.beats.where(rhythm.kind == 2)]
+    beats = [rhythm.beats.where(which) for which in (rhythm.kind == 1, rhythm.kind < 2, rhythm.kind == 2)]
     activity = np.zeros((len(ids), ROWS, MARGIN + SAMPLES + MARGIN), np.float32)
     dipoles = np.zeros((len(ids), 3, ATRIAL + 2))
     row = 0
@@ -109,11 +110,10 @@ def _make(seed: int, ids: ndarray, adc: ndarray, severity: ndarray) -> list[str]
     hiss = read_pool(noise, draws.many(8))
     hiss *= (0.011 * draws.factor(0.45)[:, None] * draws.factor(0.3, 8))[..., None].astype(np.float32)
     leads += hiss
-    twelve_leads(leads, adc)
 
-    words = draws.many(48)
-    rate = np.rint(60 / rhythm.interval).astype(int)
-    return [
-        write_report(severity[i], rate[i], [WALLS[wall] for wall in walls[i]], strain[i], rhythm.conduction[i], words[i])
+    words, rate = draws.many(48), np.rint(60 / rhythm.interval).astype(int)
+    reports = [
+        write_report(severity[i], rate[i], [WALLS[k] for k in walls[i]], strain[i], rhythm.conduction[i], words[i])
         for i in range(len(ids))
     ]
+    return twelve_leads(leads), severity, reports

@@ -116,7 +116,7 @@ def draw_rhythm(severity: ndarray, draws: Draws) -> Rhythm:
 
 
 def _draw_atrial(fibrillation: ndarray, flutter: ndarray, flutter_hz: ndarray, first: ndarray, draws: Draws) -> Atrial:
-    """Fibrillation: two wandering oscillators, seen best in V1. Flutter: one regular sawtooth, negative in II III aVF."""
+    """Fibrillation: two wandering oscillators, best seen in V1. Flutter: one regular sawtooth, in II III aVF."""
     coarse, saw = (fibrillation > 0)[:, None], (flutter > 0)[:, None]
     frequency = np.stack([draws.uniform(5.5, 8.0), draws.uniform(4.3, 6.5)], 1)
     frequency[:, 0] = np.where(flutter > 0, flutter_hz, frequency[:, 0])
@@ -194,7 +194,7 @@ def beat_waves(
     st -= (is_left * qrs)[:, None] * point(0.12, 0.03, 0.09) + strain[:, None] * point(0.12, 0.05, -0.03)
     t = (anatomy.t_wave * soft)[:, None] * (point(0.35, 0.25, -0.15) + 0.04 * draws.normal(3))
     t = t * (1 - 1.3 * strain)[:, None] + (0.6 * injury)[:, None] * to_wall[:, 0]
-    t = t - (is_left * qrs)[:, None] * point(0.62, 0.32, 0.10) + (is_right * (0.5 + right))[:, None] * point(0.06, 0, 0.12)
+    t -= (is_left * qrs)[:, None] * point(0.62, 0.32, 0.10) - (is_right * (0.5 + right))[:, None] * point(0.06, 0, 0.12)
     turned = -(0.6 * to_wall[:, 2] + 0.4 * point(0.8, 0.55, -0.25)) * (soft * (0.18 + 0.36 * of["TINV"]))[:, None]
     t = np.where(is_inverted[:, None] > 0, turned, t)
     peak = (0.225 * anatomy.qt + 0.025) * slow + 0.6 * (junction - 0.045)

@@ -203,9 +203,7 @@ def zero_shot_prompts() -> dict[str, str]:
     return {label: prompts[0] for label, prompts in PROMPTS.items()}
 
 
-def write_report(
-    severity: ndarray, rate: int, walls: list[str], strain: float, conduction: int, words: ndarray
-) -> str:
+def write_report(severity: ndarray, rate: int, walls: list[str], strain: float, conduction: int, words: ndarray) -> str:
     """The report of one record.
 
     Args:

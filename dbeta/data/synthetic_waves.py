@@ -100,7 +100,7 @@ def atrial_activity(frequency: ndarray, phase: ndarray, swing: ndarray, overtone
     """Oscillations sin(theta) + overtone sin(2 theta), float32 [n,2,SAMPLES], of columns [n,2] of ``Atrial``."""
     frequency, phase, swing, overtone = (a[..., None].astype(np.float32) for a in (frequency, phase, swing, overtone))
     t = np.arange(SAMPLES, dtype=np.float32) / RATE_HZ
-    # The wandering of the phase is itself an oscillation, seven times slower than the waves and never in step with them.
+    # The phase wanders in an oscillation of its own, seven times slower than the waves and never in step with them.
     theta = 2 * np.float32(np.pi) * frequency * t + phase + swing * np.sin(0.9 * frequency * t + 3 * phase)
     return np.sin(theta) * (1 + 2 * overtone * np.cos(theta))
 
@@ -131,8 +131,9 @@ def read_pool(pool: ndarray, offsets: ndarray) -> ndarray:
     return windows[(offsets * len(windows)).astype(np.int64)]
 
 
-def twelve_leads(eight_mv: ndarray, adc: ndarray) -> None:
-    """Fills ``adc`` int16 [n,12,L], canonical order, from float [n,8,L] mV of I, II, V1..V6 (scaled in place)."""
+def twelve_leads(eight_mv: ndarray) -> ndarray:
+    """int16 [n,12,L], canonical order, from float [n,8,L] mV of I, II, V1..V6 (scaled in place)."""
+    adc = np.empty((eight_mv.shape[0], 12, eight_mv.shape[2]), np.int16)
     eight_mv *= GAIN
     np.rint(eight_mv, out=eight_mv)
     adc[:, :2], adc[:, 6:] = eight_mv[:, :2], eight_mv[:, 2:]
@@ -141,3 +142,4 @@ def twelve_leads(eight_mv: ndarray, adc: ndarray) -> None:
     adc[:, 3] = -((one + two) >> 1)  # halves are rounded down: within half a unit
     adc[:, 4] = one - (two >> 1)
     adc[:, 5] = two - (one >> 1)
+    return adc

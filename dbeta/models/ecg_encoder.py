@@ -4,12 +4,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from dbeta_kernels.conv_stem import conv_stem
-from dbeta_kernels.positional_conv import positional_conv
 from torch import Tensor, nn
 
 from dbeta.config import ModelConfig
 from dbeta.models.layers import PostNormLayer, take_tokens
+from dbeta_kernels.conv_stem import conv_stem
+from dbeta_kernels.positional_conv import positional_conv
 
 
 class ConvStem(nn.Module):

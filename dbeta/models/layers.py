@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbeta.models.attention import Rows, attend
+from dbeta.models.attention import Rows, attend, take_rows
 
 
 class Attention(nn.Module):
@@ -114,7 +114,7 @@ class PreNormBlock(nn.Module):
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b, p]]: [B, T, D], int64 [B, P] -> [B, P, D]."""
+    """x[b, index[b, p]] with no index twice: [B, T, D], int64 [B, P] -> [B, P, D]."""
     batch, tokens, _ = x.shape
     cells = index + tokens * index.new_ones(batch).cumsum(0).sub(1)[:, None]
-    return x.flatten(0, 1).index_select(0, cells.flatten()).unflatten(0, index.shape)
+    return take_rows(x.flatten(0, 1), cells.flatten()).unflatten(0, index.shape)
