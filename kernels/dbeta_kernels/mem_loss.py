@@ -144,8 +144,12 @@ def _backward(ctx, d_loss, _):
     if d_loss is None:
         return (None,) * 11
     coefficient, difference = ctx.saved_tensors
-    factor = 2.0 * d_loss * (ctx.scale if coefficient is None else coefficient)
-    return _mem_loss_backward(difference, factor.view(-1, 1, 1)), *(None,) * 10
+    return _mem_loss_backward(difference, _factor(d_loss, coefficient, ctx.scale)), *(None,) * 10
+
+
+def _factor(d_loss: Tensor, coefficient: Tensor | None, scale: float) -> Tensor:
+    """d loss / d prediction over prediction - target, float32 [B|1,1,1]."""
+    return (2.0 * d_loss * (scale if coefficient is None else coefficient)).view(-1, 1, 1)
 
 
 torch.library.register_autograd("dbeta::mem_loss", _backward, setup_context=_setup_context)
@@ -308,8 +312,8 @@ register(
             "squares outside counted": Mutant("mem_loss_kernel", "tl.where(both, error, 0.0)", "error", "paper size"),
             "weight forgotten": Mutant("mem_loss_kernel", "if WEIGHTED", "if False", "weighted"),
             "sample-major": Mutant("mem_loss_kernel", "column // PATCH", "column % LEADS", "paper size"),
-            "sign of the gradient": Mutant("_backward", "2.0 * d_loss", "-2.0 * d_loss", "one patch"),
-            "weight forgotten backwards": Mutant("_backward", "if coefficient is None", "if True", "weighted"),
+            "sign of the gradient": Mutant("_factor", "2.0 * d_loss", "-2.0 * d_loss", "one patch"),
+            "weight forgotten backwards": Mutant("_factor", "if coefficient is None", "if True", "weighted"),
         },
         aot={
             "bf16, int16": _aot("bf16", "i16"),
