@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dbeta_kernels import philox
 from dbeta_kernels.lead_mask import lead_mask
 
