@@ -67,9 +67,7 @@ class Mimic:
 @pytest.fixture(scope="module")
 def signals(shared) -> list[np.ndarray]:
     """Real PTB-XL signals as MIMIC would store them, int16 [12, 5000] at 200 per mV."""
-    paths = sorted(
-        (shared / "ptbxl" if (shared / "ptbxl").is_dir() else shared / "data" / "ptbxl").glob("records500/*/*.hea")
-    )
+    paths = sorted((shared / "data" / "ptbxl").glob("records500/*/*.hea"))
     records = [wfdb.rdrecord(str(path.with_suffix("")), physical=False) for path in paths[:24]]
     return [np.rint(record.d_signal.T / 5).astype(np.int16) for record in records]
 
