@@ -1,0 +1,169 @@
+"""Records and targets of a label set: from the published split files, or derived by patient from a corpus."""
+
+import csv
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dbeta.evaluation.label_sets import SPLITS, LabelSet
+
+if TYPE_CHECKING:
+    from dbeta.data.corpus import Corpus
+
+SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of a derived split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of one split."""
+
+    names: list[str]  # record names
+    groups: list[str]  # patients
+    targets: np.ndarray  # bool [N, C]
+    records: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # corpus record ids, once matched
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, rows: np.ndarray, records: np.ndarray | None = None) -> "Rows":
+        """The rows with these indices."""
+        return Rows(
+            names=[self.names[i] for i in rows],
+            groups=[self.groups[i] for i in rows],
+            targets=self.targets[rows],
+            records=self.records[rows] if records is None else records,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A label set on a corpus."""
+
+    labels: LabelSet
+    splits: dict[str, Rows]
+    origin: str  # "published", "corpus" (its own split, by patient) or "derived by patient"
+    notes: tuple[str, ...] = ()  # counts that differ from Table 9, records that are not there, ...
+
+
+def read_published(root: Path, labels: LabelSet) -> dict[str, Rows]:
+    """All rows of the published split files below ``root``, columns found by name (their order differs between files).
+
+    Raises:
+        ValueError: a file or a column is missing.
+    """
+    return {split: _read_split(root / labels.splits.format(split=split[:3] if split == "validation" else split), labels)
+            for split in SPLITS}  # fmt: skip
+
+
+def count_notes(labels: LabelSet, rows: dict[str, Rows]) -> list[str]:
+    """Where the number of rows differs from Table 9."""
+    return [
+        f"{labels.title} {split}: {len(rows[split]):,} rows, Table 9 has {count:,}"
+        for split, count in zip(SPLITS, labels.counts)
+        if len(rows[split]) != count
+    ]
+
+
+def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None) -> Dataset:
+    """The records of a corpus that belong to a label set, in three splits that no patient crosses.
+
+    The published split is used where ``splits`` is given and none of its parts is empty for the records present;
+    else the corpus's own split; else one by patient. Which one it was is stated in ``origin``.
+
+    Raises:
+        ValueError: no record of the corpus belongs to the set.
+    """
+    notes = []
+    if splits is not None and labels.splits:
+        published = read_published(splits, labels)
+        notes += count_notes(labels, published)
+        matched = {split: _match(rows, corpus) for split, rows in published.items()}
+        wanted, found = (sum(map(len, s.values())) for s in (published, matched))
+        if found < wanted:
+            notes.append(f"{labels.title}: {wanted - found:,} of {wanted:,} published records are not in {corpus.path}")
+        if all(len(rows) for rows in matched.values()):
+            return Dataset(labels=labels, splits=matched, origin="published", notes=tuple(notes))
+        empty = ", ".join(split for split, rows in matched.items() if not len(rows))
+        notes.append(f"{labels.title}: the published split is empty in {empty} here; a split by patient is derived")
+    rows = _corpus_rows(labels, corpus)
+    if not len(rows):
+        raise ValueError(f"{corpus.path} ({corpus.source}) holds no record with a label of {labels.key}")
+    if labels.counts[:2] == (0, 0) and labels.counts[2] and corpus.source == labels.sources[0]:
+        parts, origin = ["test"] * len(rows), "published"  # a pure test set
+        notes += count_notes(labels, {"train": (), "validation": (), "test": rows})
+    else:
+        parts, origin = [str(part) for part in corpus.column("split", rows.records)], "corpus"
+        if set(SPLITS) - set(parts):
+            parts, origin = derive_split(rows.groups), "derived by patient"
+    member = np.array(parts)
+    return Dataset(
+        labels=labels, origin=origin, notes=tuple(notes),
+        splits={split: rows.take(np.flatnonzero(member == split)) for split in SPLITS},
+    )  # fmt: skip
+
+
+def derive_split(groups: list[str], seed: int = 42) -> list[str]:
+    """A split for each row, 70/10/20 % of the patients in the order of a seeded hash, at least one patient in each.
+
+    Raises:
+        ValueError: fewer than three patients.
+    """
+    patients = sorted(set(groups), key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
+    if len(patients) < 3:
+        raise ValueError(f"{len(patients)} patients cannot be split into train, validation and test; three are needed")
+    test = max(1, round(SHARES["test"] * len(patients)))
+    validation = max(1, round(SHARES["validation"] * len(patients)))
+    part = dict.fromkeys(patients, "train")
+    part |= dict.fromkeys(patients[:test], "test") | dict.fromkeys(patients[test : test + validation], "validation")
+    return [part[group] for group in groups]
+
+
+def record_stem(name: str) -> str:
+    """What a record is called without folder and ending: /a/JS00001.mat -> JS00001."""
+    last = PurePosixPath(str(name)).name
+    return last.removesuffix(".mat").removesuffix(".hea").removesuffix(".dat")
+
+
+def _read_split(path: Path, labels: LabelSet) -> Rows:
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ValueError(f"{labels.title}: {error}; --splits DIR must hold {labels.splits}") from None
+    columns = [] if labels.diagnoses else labels.labels
+    needed = {labels.key_column, labels.group_column, *columns, *([labels.diagnoses] if labels.diagnoses else [])}
+    absent = needed - set(rows[0] if rows else ())
+    if absent:
+        raise ValueError(f"{path} has no column {', '.join(sorted(absent))}")
+    if labels.diagnoses:
+        held = [set(row[labels.diagnoses].split(",")) for row in rows]
+        targets = [[label in labels_held for label in labels.labels] for labels_held in held]
+    else:
+        targets = [[row[label] == "1" for label in labels.labels] for row in rows]
+    return Rows(
+        names=[record_stem(row[labels.key_column]) for row in rows],
+        groups=[record_stem(row[labels.group_column]) for row in rows],
+        targets=np.array(targets, bool).reshape(len(rows), len(labels.labels)),
+    )
+
+
+def _match(rows: Rows, corpus: "Corpus") -> Rows:
+    where = {record_stem(name): record for record, name in enumerate(corpus.column("name"))}
+    present = np.array([i for i, name in enumerate(rows.names) if name in where], np.int64)
+    return rows.take(present, np.array([where[rows.names[i]] for i in present], np.int64))
+
+
+def _corpus_rows(labels: LabelSet, corpus: "Corpus") -> Rows:
+    held = [set(map(str, record)) for record in corpus.column("labels")]
+    targets = np.array([labels.targets_of(record) for record in held], bool).reshape(len(held), len(labels.labels))
+    records = np.arange(len(held)) if labels.unlabelled == "keep" else np.flatnonzero(targets.any(1))
+    names, subjects = list(corpus.column("name")), list(corpus.column("subject"))
+    return Rows(
+        names=[str(names[i]) for i in records],
+        groups=[str(subjects[i]) for i in records],
+        targets=targets[records],
+        records=records.astype(np.int64),
+    )

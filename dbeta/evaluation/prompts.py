@@ -1,0 +1,69 @@
+"""The text that stands for a class: our description of it, its bare name, or what a file says."""
+
+import functools
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dbeta.evaluation.label_sets import LabelSet, sets_for
+
+if TYPE_CHECKING:
+    from dbeta.data.corpus import Corpus
+
+
+@functools.cache
+def descriptions() -> dict[str, str]:
+    """Name of a condition -> what it is and what is seen on the ECG."""
+    return tomllib.loads(resources.files("dbeta.evaluation").joinpath("descriptions.toml").read_text())
+
+
+def load_prompts(labels: LabelSet, source: str = "descriptions") -> dict[str, str]:
+    """One lower-case text per class, in the order of the set.
+
+    Args:
+        source: ``descriptions`` (ours), ``names`` (the category name alone, the paper's ablations), or a JSON file:
+            {label: text}, or {set: {label: text}} for several sets.
+
+    Raises:
+        ValueError: the file cannot be read as that, or leaves a class of the set out.
+    """
+    if labels.key == "synthetic" and source in ("descriptions", "names"):
+        from dbeta.data.synthetic import zero_shot_prompts
+
+        texts = zero_shot_prompts()
+    elif source == "descriptions":
+        texts = {label: f"{name}: {descriptions()[name]}" for label, name in labels.names.items()}
+    elif source == "names":
+        texts = labels.names
+    else:
+        texts = _read(Path(source))
+        texts = texts.get(labels.key, texts)
+    missing = [label for label in labels.labels if not isinstance(texts.get(label), str)]
+    if missing:
+        raise ValueError(
+            f"prompts {source}: no text for {', '.join(missing)} of {labels.key}; give one for every class"
+        )
+    return {label: texts[label].lower() for label in labels.labels}
+
+
+def prompts_for(corpus: "Corpus") -> dict[str, str]:
+    """Corpus label -> description, for every label of the corpus that some label set names; the finest set wins."""
+    found: dict[str, str] = {}
+    for labels in sets_for(corpus.source, list(corpus.labels)):
+        texts = load_prompts(labels)
+        found |= {code: texts[label] for label, codes in labels.codes.items() for code in codes}
+    return {label: found[label] for label in corpus.labels if label in found}
+
+
+def _read(path: Path) -> dict:
+    try:
+        texts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--prompts {path}: {error}; give descriptions, names, or a JSON file {{label: text}}"
+        ) from None
+    if not isinstance(texts, dict):
+        raise ValueError(f"--prompts {path} holds a {type(texts).__name__}; write an object {{label: text}}")
+    return texts
