@@ -55,51 +55,61 @@ def smallest_products(
     return products, found
 
 
-def farthest_others(unit: Tensor, k: int, engine: Engine = "auto", seed: int = 0, key_offset: Tensor | None = None):
-    """For each row of ``unit`` the ``k`` other rows of smallest cosine, ascending; never the row itself.
+def farthest_others(
+    unit: Tensor,
+    candidates: Tensor,
+    k: int,
+    engine: Engine = "auto",
+    seed: int = 0,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """For each row of ``unit`` the ``k`` other candidate rows of smallest cosine, ascending; never the row itself.
 
-    Where several rows share the k-th cosine, a seeded hash of the pair decides who is in, so that no report is a
+    Where several candidates share the k-th cosine, a seeded hash of the pair decides who is in, so that no report is a
     negative of many others merely because of its number.
 
     Args:
         unit: float32 [R, d] of norm 1.
-        k: at most R - 1.
-        key_offset: float32 [R], added to the cosine with each key (local scaling).
+        candidates: int64 [C], ascending, the rows that may be found; k < C.
+        offset: float32 [C], added to the cosine with each candidate (local scaling).
 
     Returns:
         (float32 [R, k] scores, int64 [R, k] row numbers).
     """
-    queries = keys = unit
-    if key_offset is not None:  # one more dimension carries the offset, and both engines stay inner products
-        queries = torch.cat((unit, unit.new_ones(len(unit), 1)), 1)
-        keys = torch.cat((unit, key_offset[:, None]), 1)
+    queries, keys = unit, unit if len(candidates) == len(unit) else unit[candidates]
+    if offset is not None:  # one more dimension carries the offset, and both engines stay inner products
+        queries = torch.cat((queries, queries.new_ones(len(queries), 1)), 1)
+        keys = torch.cat((keys, offset[:, None]), 1)
     # One place more for the row itself and one more to see whether the k-th score is shared.
-    scores, ids = smallest_products(queries, keys, min(k + 2, len(unit)), engine, "searching")
-    own = ids == torch.arange(len(unit), device=unit.device)[:, None]
+    scores, found = smallest_products(queries, keys, min(k + 2, len(keys)), engine, "searching")
+    own = candidates[found] == torch.arange(len(unit), device=unit.device)[:, None]
     order = own.int().argsort(dim=1, stable=True)  # the row itself, if found, goes last
-    scores, ids = scores.gather(1, order), ids.gather(1, order)
-    if k + 1 < scores.shape[1]:
-        shared = (scores[:, k] - scores[:, k - 1] <= TIE).nonzero()[:, 0]
+    scores, found = scores.gather(1, order), found.gather(1, order)
+    if scores.shape[1] > k:
+        shared = ((scores[:, k] - scores[:, k - 1] <= TIE) & ~own.gather(1, order)[:, k]).nonzero()[:, 0]
         for rows in shared.split(_torch_rows(keys) // 4 + 1):
-            scores[rows, :k], ids[rows, :k] = _break_ties(queries, keys, rows, scores[rows, k - 1], k, seed)
-    return scores[:, :k], ids[:, :k]
+            last = scores[rows, k - 1]
+            scores[rows, :k], found[rows, :k] = _break_ties(queries, keys, candidates, rows, last, k, seed)
+    return scores[:, :k], candidates[found[:, :k]]
 
 
-def _break_ties(queries: Tensor, keys: Tensor, rows: Tensor, last: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """All clearly below the k-th score ``last``, then those equal to it by (hash of row) xor (hash of key).
+def _break_ties(
+    queries: Tensor, keys: Tensor, candidates: Tensor, rows: Tensor, last: Tensor, k: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """All clearly below the k-th score ``last``, then those equal to it by (hash of row) xor (hash of candidate).
 
     That is another order for every row, and costs one xor per pair.
     """
-    words = torch.randint(2**30, (len(keys),), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+    words = torch.randint(2**30, (len(queries),), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
     words = words.to(keys.device)
     with _no_tf32():
         scores = queries[rows] @ keys.T
-    scores[torch.arange(len(rows), device=rows.device), rows] = torch.inf
-    rank = words[rows, None] ^ words
+    rank = words[rows, None] ^ words[candidates]
     rank = rank.masked_fill_(scores > last[:, None] + TIE, 2**31 - 1).masked_fill_(scores < last[:, None] - TIE, -1)
-    ids = _smallest(rank, k)[1]
-    chosen, order = scores.gather(1, ids).sort(dim=1)
-    return chosen, ids.gather(1, order)
+    rank.masked_fill_(candidates == rows[:, None], 2**31 - 1)
+    found = _smallest(rank, k)[1]
+    chosen, order = scores.gather(1, found).sort(dim=1)
+    return chosen, found.gather(1, order)
 
 
 def resolve_engine(engine: Engine, queries: Tensor, keys: Tensor, k: int) -> str:

@@ -61,63 +61,75 @@ class NegativeTable:
 
 
 def build_negatives(
-    embeddings: Tensor, k: int = 64, *, engine: Engine = "auto", remedy: Remedy = "none", seed: int = 0
+    embeddings: Tensor,
+    k: int = 64,
+    *,
+    candidates: Tensor | None = None,
+    engine: Engine = "auto",
+    remedy: Remedy = "none",
+    seed: int = 0,
 ) -> NegativeTable:
     """Exact farthest others by cosine, on the device of ``embeddings``.
 
-    With fewer than k other reports the table is narrower and holds all of them.
+    With fewer than k other candidates the table is narrower and holds all of them.
 
     Args:
         embeddings: float32 [R, d], not changed.
+        candidates: int64 [C], the reports that may be negatives; None: all.
         seed: decides among equal cosines.
 
     Raises:
-        ValueError: fewer than two reports, an unknown remedy, non-finite embeddings, or an engine that is not there.
+        ValueError: fewer than two candidates, an unknown remedy, non-finite embeddings, or an engine that is not there.
     """
-    reports = len(embeddings)
-    if reports < 2:
-        raise ValueError(f"N3S needs at least 2 different reports, the corpus has {reports}; prepare more records")
+    device = embeddings.device
+    candidates = torch.arange(len(embeddings)) if candidates is None else candidates.unique()
+    if len(candidates) < 2:
+        raise ValueError(f"N3S needs at least 2 different reports, there is {len(candidates)}; prepare more records")
     if remedy not in REMEDIES:
         raise ValueError(f"remedy {remedy!r}; accepted: {', '.join(REMEDIES)}")
     if not embeddings.isfinite().all():
         raise ValueError("the embeddings hold NaN or infinite values; is the encoder folder intact?")
-    width = min(k, reports - 1)
+    width = min(k, len(candidates) - 1)
     if width < k:
-        announce(f"N3S: {reports} different reports, so each has {width} negatives instead of {k}: all others")
+        announce(f"N3S: {len(candidates)} different reports, so each has {width} negatives instead of {k}: all others")
+    candidates = candidates.to(device)
     directions = unit(embeddings.float().clone())
     searched = directions if remedy == "none" else unit(directions - directions.mean(0))
     engine = resolve_engine(engine, searched, searched, width + 2)
-    cosines, ids = farthest_others(searched, width, engine, seed)
+    cosines, ids = farthest_others(searched, candidates, width, engine, seed)
     if remedy == "local-scaling":
-        _, ids = farthest_others(searched, width, engine, seed, key_offset=cosines.mean(1) / -2)
+        distance = cosines.mean(1)[candidates]
+        _, ids = farthest_others(searched, candidates, width, engine, seed, offset=distance / -2)
     if remedy != "none":
-        cosines = torch.cat([_cosines(directions, rows, ids[rows]) for rows in torch.arange(reports).split(1024)])
+        rows = torch.arange(len(directions), device=device).split(1024)
+        cosines = torch.cat([torch.einsum("rd,rkd->rk", directions[r], directions[ids[r]]) for r in rows])
     table = ids.int().cpu().numpy()
-    metadata = {"k": width, "remedy": remedy, "seed": seed, "engine": engine, "hubness": hubness(table)}
+    metadata = {
+        "k": width,
+        "remedy": remedy,
+        "seed": seed,
+        "engine": engine,
+        "hubness": hubness(table, candidates.cpu()),
+    }
     return NegativeTable(table=table, similarity=cosines.cpu().numpy(), metadata=metadata)
 
 
-def _cosines(directions: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
-    return torch.einsum("rd,rkd->rk", directions[rows.to(directions.device)], directions[ids])
-
-
-def hubness(table: np.ndarray) -> dict[str, float]:
-    """How unevenly a table [R, k] uses the R reports.
+def hubness(table: np.ndarray, candidates: np.ndarray | Tensor) -> dict[str, float]:
+    """How unevenly a table [R, k] uses the C ``candidates``.
 
     Returns:
-        distinct: reports that occur at all, and as ``distinct_share``; most: rows that the most used report is in, and
-        as ``most_share`` (k / R would be even); skewness and gini of the occurrences (0: even).
+        distinct: candidates that occur at all, and as ``distinct_share``; most: rows that the most used one is in, and
+        as ``most_share`` (k / C would be even); skewness and gini of the occurrences (0: even).
     """
-    reports, k = table.shape
-    counts = np.sort(np.bincount(table.ravel(), minlength=reports)).astype(np.float64)
-    spread = counts.std()
+    counts = np.sort(np.bincount(table.ravel(), minlength=len(table))[np.asarray(candidates)]).astype(np.float64)
+    mean, spread, number = counts.mean(), counts.std(), len(counts)
     return {
         "distinct": int((counts > 0).sum()),
         "distinct_share": float((counts > 0).mean()),
         "most": int(counts[-1]),
-        "most_share": float(counts[-1] / reports),
-        "skewness": float(((counts - k) ** 3).mean() / spread**3) if spread else 0.0,
-        "gini": float(1 + 1 / reports - 2 * counts.cumsum().sum() / (counts.sum() * reports)),
+        "most_share": float(counts[-1] / len(table)),
+        "skewness": float(((counts - mean) ** 3).mean() / spread**3) if spread else 0.0,
+        "gini": float(1 + 1 / number - 2 * counts.cumsum().sum() / (counts.sum() * number)),
     }
 
 
@@ -132,6 +144,8 @@ def negatives(
     seed: int = 0,
 ) -> dict[str, Any]:
     """``dbeta negatives``: embed a corpus's reports, search, and write ``negatives.npz`` into its folder.
+
+    Every report has a row; only reports of the training split are negatives, so that training shows no held-out text.
 
     Args:
         encoder: directory or hub id of a text encoder; "hashing": hashed n-grams; "auto": Flan-T5-small where the hub
@@ -159,7 +173,8 @@ def negatives(
     else:
         embeddings = encoder_embedding(opened.reports, encoder, where)
     clock.append(time.perf_counter())
-    made = build_negatives(embeddings, k, engine=engine, remedy=remedy, seed=seed)
+    shown = torch.from_numpy(np.unique(opened.column("report", opened.split_ids("train")))).long()
+    made = build_negatives(embeddings, k, candidates=shown, engine=engine, remedy=remedy, seed=seed)
     clock.append(time.perf_counter())
     made.metadata.update(encoder=encoder, fallback=fallback, reports=len(embeddings), digest=digest(opened.reports))
     path = Path(corpus) / FILE
@@ -180,7 +195,7 @@ def _describe(metadata: dict[str, Any], embed_s: float, search_s: float) -> None
         f"{hubs['most_share']:.1%} of all, skewness {hubs['skewness']:.2f}, Gini {hubs['gini']:.2f}, "
         f"remedy {metadata['remedy']}"
     )
-    if metadata["remedy"] == "none" and reports > 4 * metadata["k"] and hubs["most_share"] > 0.25:
+    if metadata["remedy"] == "none" and hubs["distinct"] > 4 * metadata["k"] and hubs["most_share"] > 0.25:
         announce("N3S: one report is a negative of more than a quarter of all; --remedy local-scaling counters that")
 
 

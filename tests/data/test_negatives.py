@@ -84,6 +84,26 @@ def test_a_tie_at_the_last_place_keeps_all_that_are_strictly_farther():
     assert len(np.unique(made.table[:5, 3:])) > 15 and (made.similarity[:5] == [-1] * 3 + [0] * 5).all()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("remedy", negatives.REMEDIES)
+def test_only_candidates_are_negatives(engine, remedy):
+    vectors, candidates = random_unit(500, 16), torch.arange(0, 500, 3)
+    made = build_negatives(vectors, 8, candidates=candidates, engine=engine, remedy=remedy)
+    assert made.table.shape == (500, 8) and (made.table % 3 == 0).all()
+    assert not (made.table == np.arange(500)[:, None]).any() and made.metadata["hubness"]["distinct"] <= 167
+    if remedy == "none":
+        exact = vectors.double() @ vectors.double().T
+        exact.fill_diagonal_(torch.inf)
+        expected = exact[:, ::3].sort().values[:, :8]
+        torch.testing.assert_close(exact.gather(1, torch.from_numpy(made.table).long()), expected, atol=3e-7, rtol=0)
+    few = build_negatives(vectors[:9], 8, candidates=candidates[:3], engine=engine)
+    assert few.table.shape == (9, 2) and [sorted(row) for row in few.table[[0, 3, 6]].tolist()] == [
+        [3, 6],
+        [0, 6],
+        [0, 3],
+    ]
+
+
 def test_fewer_reports_than_k_uses_all_of_them(monkeypatch):
     said = []
     monkeypatch.setattr(negatives, "announce", said.append)
@@ -94,9 +114,9 @@ def test_fewer_reports_than_k_uses_all_of_them(monkeypatch):
 
 
 def test_hubness_of_known_tables():
-    even = hubness(np.array([[1, 2], [2, 3], [3, 0], [0, 1]]))
+    even = hubness(np.array([[1, 2], [2, 3], [3, 0], [0, 1]]), np.arange(4))
     assert (even["distinct"], even["most"], even["skewness"]) == (4, 2, 0) and even["gini"] == pytest.approx(0)
-    one = hubness(np.array([[9]] * 9 + [[0]]))
+    one = hubness(np.array([[9]] * 9 + [[0]]), np.arange(10))
     assert (one["distinct"], one["most"], one["most_share"]) == (2, 9, 0.9)
     assert one["gini"] == pytest.approx(0.88) and one["skewness"] > 2
 
@@ -250,7 +270,36 @@ def test_the_command_on_a_prepared_corpus(tmp_path, monkeypatch, capsys):
     assert "x 16 by hashing" in said.out and "hashed n-grams (google/flan-t5-small is not in" in said.err
     corpus = Corpus.open(tmp_path / "corpus")
     made = load_negatives(corpus)
+    train_reports = np.unique(corpus.column("report", corpus.split_ids("train")))
+    assert len(train_reports) < len(corpus.reports) and np.isin(made.table, train_reports).all()
     assert summary["fallback"] and made.metadata["fallback"] and made.table.shape == (len(corpus.reports), 16)
     assert not negatives.negatives(tmp_path / "corpus", encoder="hashing", device="cpu")["fallback"]
     with pytest.raises(ValueError, match="dbeta prepare"):
         negatives.negatives(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["torch", "faiss"])
+def test_the_gpu_finds_the_same(engine):
+    if engine == "faiss" and (lacking := farthest._faiss_lacks(True)):
+        pytest.skip(lacking)
+    vectors = hash_embedding([f"report {i} of {i % 7} kinds {i * i % 101}" for i in range(20_000)])
+    torch.backends.cuda.matmul.allow_tf32 = True  # as a bf16 run sets it; the search must not use it
+    made, on_gpu = (build_negatives(v, 64, engine=engine) for v in (vectors, vectors.cuda()))
+    assert torch.backends.cuda.matmul.allow_tf32
+    np.testing.assert_allclose(on_gpu.similarity, made.similarity, atol=3e-7)
+    assert (on_gpu.table != np.arange(len(vectors))[:, None]).all()
+    same = [len(set(a) & set(b)) for a, b in zip(on_gpu.table.tolist(), made.table.tolist())]
+    assert np.mean(same) > 63  # the rest: cosines equal up to rounding
+
+
+@pytest.mark.gpu
+def test_gather_does_not_synchronise():
+    table = TokenTable(torch.arange(10, dtype=torch.int32), torch.tensor([0, 4, 4, 10])).to("cuda")
+    reports = torch.tensor([2, 1, 0], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ids, _ = table.gather(reports, 5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ids[0].tolist() == [4, 5, 6, 7, 8]
