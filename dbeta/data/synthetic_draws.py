@@ -13,7 +13,7 @@ EXCLUSIVE = (
     ("RBBB", "LBBB"), ("LBBB", "LVH"), ("LBBB", "STE"), ("LBBB", "STD"), ("LBBB", "TINV"),  # not readable in LBBB
     ("LVH", "LVOLT"), ("STE", "STD"), ("AFIB", "1AVB"), ("AFLT", "1AVB"),
 )  # fmt: skip
-FAVOURED = {"1AVB": 2.2, "LBBB": 2.4, "LVH": 1.2, "LVOLT": 1.1}  # those that are excluded most often are drawn earlier
+FAVOURED = {"1AVB": 1.7, "LBBB": 1.5, "LVH": 1.1}  # those that are excluded most often are drawn earlier
 
 
 class Draws:

@@ -124,7 +124,7 @@ def _draw_atrial(fibrillation: ndarray, flutter: ndarray, flutter_hz: ndarray, f
     phase[:, 0] = np.where(flutter > 0, phase[:, 0] - 2 * np.pi * flutter_hz * first, phase[:, 0])  # beats keep step
     direction = np.array([(-0.2, 0.7, -0.7), (0.35, 0.45, -0.6)]) + 0.25 * draws.normal(6).reshape(-1, 2, 3)
     sawtooth = np.array([(0.05, 0.9, -0.2), (0, 0, 0)]) + np.array([[[0.2], [0]]]) * draws.normal(6).reshape(-1, 2, 3)
-    size = np.where(coarse, 0.035 + 0.075 * fibrillation[:, None], 0.09 + 0.14 * flutter[:, None])
+    size = np.where(coarse, 0.03 + 0.055 * fibrillation[:, None], 0.08 + 0.12 * flutter[:, None])
     dipole = np.where(coarse[..., None], direction, sawtooth) * (size * (coarse | saw))[..., None]
     return Atrial(
         frequency=frequency,
@@ -150,7 +150,7 @@ def beat_waves(
     is_right, is_left, is_inverted = (right > 0) * 1.0, (left > 0) * 1.0, (of["TINV"] > 0) * 1.0
     slow = np.cbrt(rhythm.interval / 0.8)  # Fridericia
     low = np.where(of["LVOLT"] > 0, 0.52 - 0.27 * of["LVOLT"], 1.0)
-    tall = np.where(hypertrophy > 0, 1.4 + 0.8 * hypertrophy, 1.0)
+    tall = np.where(hypertrophy > 0, 1.4 + 0.6 * hypertrophy, 1.0)
     qrs, soft = anatomy.voltage * low * tall, low**0.7
 
     def point(*xyz: float | ndarray) -> ndarray:
