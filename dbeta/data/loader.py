@@ -206,6 +206,6 @@ def make_loader(
             return DaliLoader(corpus, order, workers=workers, device=device)
         except ImportError as error:
             if engine == "dali":
-                raise ValueError(f"data.engine=dali: {error}; pip install 'dbeta[dali]', or use auto") from None
-            announce("loader: the reference engine (DALI is not installed; faster: pip install 'dbeta[dali]')")
+                raise ValueError(f"data.engine=dali: {error}") from None
+            announce(f"loader: the reference engine; the faster one, DALI, is not here: {error}")
     return ReferenceLoader(corpus, order, workers=workers, device=device)
