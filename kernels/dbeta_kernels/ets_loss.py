@@ -127,22 +127,23 @@ def _ets_loss(
     inverse = 1.0 / (len(ecg) * (len(text) if mean else 1))
     sweep = {"small": ets_kernels.small, "large": ets_kernels.large, "chunked": _chunked}[form]
     scale, bias = scale_value if scale is None else scale, bias_value if bias is None else bias
-    return sweep(
-        Pairs(
-            ecg,
-            text,
-            aligned,
-            scale,
-            bias,
-            ecg_reports,
-            text_reports,
-            same_report,
-            offset,
-            diagonal,
-            inverse,
-            gradients,
+    with torch.autocast(ecg.device.type, enabled=False):  # it would reach into the products of the sweep
+        return sweep(
+            Pairs(
+                ecg,
+                text,
+                aligned,
+                scale,
+                bias,
+                ecg_reports,
+                text_reports,
+                same_report,
+                offset,
+                diagonal,
+                inverse,
+                gradients,
+            )
         )
-    )
 
 
 @_ets_loss.register_fake
