@@ -39,11 +39,12 @@ def pretraining_losses(model: DBeta, batch: Batch, config: LossConfig) -> Losses
         batch.ecg, batch.text_ids, batch.text_mask,
         noise=batch.noise, mlm_positions=batch.mlm_positions, text_tokens=batch.text_tokens,
     )  # fmt: skip
-    aligned = batch.aligned.to(out.etm_logits.dtype)
+    match = _wide(out.etm_logits)
+    aligned = batch.aligned.to(match.dtype)
 
     # MLM, Eq. 1: cross-entropy of the words hidden from the text encoder
     labels = _mlm_labels(batch, config, everywhere=not model.runtime.removals)
-    logits = model.mlm_head.vocabulary(out.mlm_hidden)
+    logits = _wide(model.mlm_head.vocabulary(out.mlm_hidden))
     hidden = labels != -100
     mlm = F.cross_entropy(logits, labels, reduction="sum") / hidden.sum().clamp(min=1)
 
@@ -51,16 +52,16 @@ def pretraining_losses(model: DBeta, batch: Batch, config: LossConfig) -> Losses
     mem = mem_loss(
         out.mem_prediction, batch.signal, out.mem_patches, batch.mean, batch.rstd,
         gain=batch.gain, baseline=batch.baseline, patch=model.config.patch, backend=kernels,
-        rows_weight=aligned.float() if config.reconstruct_rows == "matched" else None,
+        rows_weight=aligned if config.reconstruct_rows == "matched" else None,
     )  # fmt: skip
 
     # ETM, Eq. 3: does the report belong to the ECG?
     if model.config.etm_logits == 1:
-        etm = F.binary_cross_entropy_with_logits(out.etm_logits[:, 0], aligned)
-        judged = out.etm_logits[:, 0] > 0
+        etm = F.binary_cross_entropy_with_logits(match[:, 0], aligned)
+        judged = match[:, 0] > 0
     else:
-        etm = F.cross_entropy(out.etm_logits, batch.aligned.long())
-        judged = out.etm_logits[:, 1] > out.etm_logits[:, 0]
+        etm = F.cross_entropy(match, batch.aligned.long())
+        judged = match[:, 1] > match[:, 0]
 
     # ETS, Eq. 4: pairwise sigmoid loss of all ECG and text features of the batch
     ets = ets_loss(
@@ -86,3 +87,8 @@ def _mlm_labels(batch: Batch, config: LossConfig, *, everywhere: bool) -> Tensor
         return labels
     cells = torch.full_like(batch.text_ids.flatten(), -100)
     return cells.scatter_reduce(0, positions, labels, "amax")  # unused slots (0, -100) change nothing
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32: a softmax over the vocabulary or a log-sigmoid is not for bf16."""
+    return logits if logits.dtype == torch.float64 else logits.float()

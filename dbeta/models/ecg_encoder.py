@@ -12,6 +12,12 @@ from dbeta_kernels.conv_stem import conv_stem
 from dbeta_kernels.positional_conv import positional_conv
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast would make of ``x``: custom operators are not on its lists, so their inputs are cast here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class ConvStem(nn.Module):
     """Convolutions of kernel 2 and stride 2 without bias, erf-GELU after each; the first has a norm per channel."""
 
@@ -25,8 +31,11 @@ class ConvStem(nn.Module):
 
     def forward(self, ecg: Tensor) -> Tensor:
         """[B, C, L] mV -> [B, T, W], T = L // 2^layers."""
-        weights = tuple(conv.weight for conv in self.convs)
-        return conv_stem(ecg, weights, self.norm.weight, self.norm.bias, eps=self.norm.eps, backend=self.backend)
+        dtype = compute_dtype(ecg)
+        weights = tuple(conv.weight.to(dtype) for conv in self.convs)
+        return conv_stem(
+            ecg.to(dtype), weights, self.norm.weight, self.norm.bias, eps=self.norm.eps, backend=self.backend
+        )
 
 
 class PositionalConv(nn.Module):
@@ -49,8 +58,11 @@ class PositionalConv(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D], or [B, K, D] at ``keep`` int64 [B, K]."""
+        dtype = compute_dtype(x)
         weight = self.direction * (self.gain / self.direction.norm(dim=(0, 1)))
-        out = positional_conv(x, weight, self.bias, keep, groups=self.groups, backend=self.backend)
+        out = positional_conv(
+            x.to(dtype), weight.to(dtype), self.bias.to(dtype), keep, groups=self.groups, backend=self.backend
+        )
         return (x if keep is None else take_tokens(x, keep)) + F.gelu(out)
 
 

@@ -162,7 +162,7 @@ def test_another_text_encoder(tmp_path, ecg):
 
 
 def test_initialisation():
-    """MODEL section 9."""
+    """MODEL section 9; its 0.02 at width 768 is 0.04 at a quarter of the width."""
     torch.manual_seed(0)
     config = dataclasses.replace(
         ModelConfig(), width=192, ecg_heads=3, fusion_heads=3, ecg_layers=1, fusion_layers=1, mem_tap=0, text_layers=1,
@@ -176,17 +176,17 @@ def test_initialisation():
         ecg.input_projection.weight: 1 / math.sqrt(3 * 128),  # uniform within 1 / sqrt(fan in)
         ecg.positional.direction: math.sqrt(4 / (128 * 192)),
         ecg.cls: 1 / math.sqrt(12),
-        ecg.layers[0].attention.qkv.weight: 0.02,
-        ecg.layers[0].ffn_in.weight: 0.02,
-        model.fusion.modality.weight: 0.02,
-        model.fusion.text_layers[0].cross_attention.output.weight: 0.02,
-        model.fused_text_pooler.dense.weight: 0.02,
-        model.mlm_head.vocabulary.weight: 0.02,
-        model.etm_head.weight: 0.02,
-        mem.mask_token: 0.02,
-        mem.output.weight: 0.02,
-        mem.blocks[0].ffn_in.weight: 0.02,
-        mem.blocks[0].attention.output.weight: 0.02,
+        ecg.layers[0].attention.qkv.weight: 0.04,
+        ecg.layers[0].ffn_in.weight: 0.04,
+        model.fusion.modality.weight: 0.04,
+        model.fusion.text_layers[0].cross_attention.output.weight: 0.04,
+        model.fused_text_pooler.dense.weight: 0.04,
+        model.mlm_head.vocabulary.weight: 0.04,
+        model.etm_head.weight: 0.04,
+        mem.mask_token: 0.04,
+        mem.output.weight: 0.04,
+        mem.blocks[0].ffn_in.weight: 0.04,
+        mem.blocks[0].attention.output.weight: 0.04,
         mem.blocks[0].attention.qkv.weight: math.sqrt(2 / (384 + 3 * 384)),
     }
     for parameter, deviation in deviations.items():
