@@ -15,8 +15,12 @@ from dbeta_kernels.launch import cdiv
 from dbeta_kernels.registry import AotConfig
 
 SMALL = 256  # rows and columns up to which one launch does it all
-BLOCK, BLOCK_K, SLICE = 64, 64, 64  # of the small form
-TILE_M, TILE_N, TILE_K = 128, 256, 64  # of the large form
+BLOCK, SLICE = 64, 64  # of the small form: pairs per side, and the share of the width one program makes a gradient of
+TILE_M, TILE_N = (
+    128,
+    128,
+)  # of the large form: 128 registers at 8 warps, so that one tile's epilogue hides in another's product
+DEPTH = {2: 64, 4: 32}  # of the products' steps, by the bytes of a value
 CHUNK_ROWS, CHUNK_PAIRS = 2048, 2**26  # of the large form: at most 128 MiB of g in bf16
 
 
@@ -187,33 +191,49 @@ def _tile_kernel(
         scale = tl.load(scale).to(tl.float32)
     if BIAS_TENSOR:
         bias = tl.load(bias).to(tl.float32)
-    in_chunk = tile_m * TILE_M + tl.arange(0, TILE_M)
-    i = first + in_chunk
+    row = tile_m * TILE_M + tl.arange(0, TILE_M)  # in the chunk
+    i = first + row
     j = tile_n * TILE_N + tl.arange(0, TILE_N)
     product = _product(ecg, text, i, j, ecg_stride, text_stride, rows, columns, width, TILE_M, TILE_N, TILE_K, EVEN_K)
-    y = _label(i[:, None], j[None, :], rows, columns, aligned, ecg_reports, text_reports, offset, SAME_REPORT, DIAGONAL)
-    softplus, sigmoid = _pair(-y * (scale * product + bias))
-    sums += 3 * ((first // TILE_M + tile_m) * tl.cdiv(columns, TILE_N) + tile_n)
-    tl.store(sums, tl.sum(tl.abs(y) * softplus))
-    if GRADIENTS:
+    # The epilogue goes by quarters of the columns: the whole tile's temporaries would not fit in the registers.
+    quarters = tl.permute(tl.reshape(product, (TILE_M, 2, 2, TILE_N // 4)), (0, 3, 1, 2))
+    even, odd = tl.split(quarters)
+    q0, q2 = tl.split(even)
+    q1, q3 = tl.split(odd)
+    loss = tl.zeros((TILE_M, TILE_N // 4), tl.float32)
+    d_scale, d_bias = loss, loss
+    for q in tl.static_range(4):
+        part = q0 if q == 0 else q1 if q == 1 else q2 if q == 2 else q3
+        j = tile_n * TILE_N + q * (TILE_N // 4) + tl.arange(0, TILE_N // 4)
+        y = _label(
+            i[:, None], j[None, :], rows, columns, aligned, ecg_reports, text_reports, offset, SAME_REPORT, DIAGONAL
+        )
+        softplus, sigmoid = _pair(-y * (scale * part + bias))
+        loss += tl.abs(y) * softplus
         d_z = -y * sigmoid
-        tl.store(sums + 1, tl.sum(d_z * product))
-        tl.store(sums + 2, tl.sum(d_z))
-        mask = (i[:, None] < rows) & (j[None, :] < columns)
-        at = in_chunk.to(tl.int64)[:, None] * columns + j[None, :]
-        tl.store(g + at, d_z.to(g.dtype.element_ty), mask=mask)
+        if SCALE_TENSOR:
+            d_scale += d_z * part
+        if BIAS_TENSOR:
+            d_bias += d_z
+        if GRADIENTS:
+            mask = (i[:, None] < rows) & (j[None, :] < columns)
+            tl.store(g + row.to(tl.int64)[:, None] * columns + j[None, :], d_z.to(g.dtype.element_ty), mask=mask)
+    sums += 3 * ((first // TILE_M + tile_m) * tl.cdiv(columns, TILE_N) + tile_n)
+    tl.store(sums, tl.sum(loss))
+    tl.store(sums + 1, tl.sum(d_scale))
+    tl.store(sums + 2, tl.sum(d_bias))
 
 
 def small(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     """One launch; a row of sums for every block of rows."""
     ecg, text, gradients = pairs.ecg, pairs.text, pairs.gradients
-    (rows, width), columns = ecg.shape, len(text)
+    (rows, width), columns, depth = ecg.shape, len(text), DEPTH[ecg.itemsize]
     sums = ecg.new_empty(cdiv(rows, BLOCK), 3, dtype=torch.float32)
     d_ecg, d_text = (t.new_empty(t.shape if gradients else (0,), dtype=torch.float32) for t in (ecg, text))
     blocks = cdiv(rows, BLOCK) + (cdiv(columns, BLOCK) if gradients else 0)
     _small_kernel[(blocks, cdiv(width, SLICE) if gradients else 1)](
         ecg, text, d_ecg, d_text, sums, rows, columns, width, ecg.stride(0), text.stride(0), pairs.inverse,
-        *_shared_arguments(pairs), width % BLOCK_K == 0, BLOCK, BLOCK_K, SLICE, num_warps=4, num_stages=3,
+        *_shared_arguments(pairs), width % depth == 0, BLOCK, depth, SLICE, num_warps=8, num_stages=3,
     )  # fmt: skip
     return sums, d_ecg, d_text
 
@@ -221,7 +241,7 @@ def small(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
 def large(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     """Per chunk of rows one kernel that writes the chunk of g, and two products that use it."""
     ecg, text, inverse = pairs.ecg, pairs.text, pairs.inverse
-    (rows, width), columns = ecg.shape, len(text)
+    (rows, width), columns, depth = ecg.shape, len(text), DEPTH[ecg.itemsize]
     chunk = min(CHUNK_ROWS, max(TILE_M, CHUNK_PAIRS // columns // TILE_M * TILE_M))
     tiles_n = cdiv(columns, TILE_N)
     sums = ecg.new_empty(cdiv(rows, TILE_M) * tiles_n, 3, dtype=torch.float32)
@@ -231,7 +251,7 @@ def large(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         last = min(first + chunk, rows)
         _tile_kernel[(cdiv(last - first, TILE_M) * tiles_n,)](
             ecg, text, g, sums, first, last, columns, width, ecg.stride(0), text.stride(0),
-            *_shared_arguments(pairs), width % TILE_K == 0, TILE_M, TILE_N, TILE_K, num_warps=8, num_stages=3,
+            *_shared_arguments(pairs), width % depth == 0, TILE_M, TILE_N, depth, num_warps=8, num_stages=3,
         )  # fmt: skip
         if pairs.gradients:
             part = g[: last - first]
@@ -265,9 +285,10 @@ def _aot(kernel: str, dtype: str, even: bool, tensors: bool, reports: bool) -> A
         {"d_ecg": "*fp32", "d_text": "*fp32", "inverse": "fp32"} if small else {"g": f"*{dtype}", "first": "i32"}
     )
     signature |= dict.fromkeys(("ecg_reports", "text_reports"), "*i64") if reports else {}
-    tiles = {"BLOCK": BLOCK, "BLOCK_K": BLOCK_K, "SLICE": SLICE}
+    depth = DEPTH[4 if dtype == "fp32" else 2]
+    tiles = {"BLOCK": BLOCK, "BLOCK_K": depth, "SLICE": SLICE}
     if not small:
-        tiles = {"TILE_M": TILE_M, "TILE_N": TILE_N, "TILE_K": TILE_K}
+        tiles = {"TILE_M": TILE_M, "TILE_N": TILE_N, "TILE_K": depth}
     return AotConfig(
         kernel=f"ets_kernels.{kernel}",
         signature=signature,
@@ -276,9 +297,10 @@ def _aot(kernel: str, dtype: str, even: bool, tensors: bool, reports: bool) -> A
             "SAME_REPORT": 0 if reports else -1, "DIAGONAL": True, "SCALE_TENSOR": tensors, "BIAS_TENSOR": tensors,
             "GRADIENTS": True, "EVEN_K": even, **tiles,
         },
-        num_warps=4 if small else 8,
+        num_warps=8,
         divisible=("rows", "columns", "width", "ecg_stride", "text_stride", "offset", "first") if even else (),
         wgmma=True,
+        spill_reason="float32 is for checking; the paper's sizes run in bf16" if dtype == "fp32" else "",
     )  # fmt: skip
 
 
