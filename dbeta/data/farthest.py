@@ -21,7 +21,7 @@ from dbeta.runtime import announce
 
 Engine = Literal["auto", "faiss", "torch"]
 GROUP = 128  # columns whose minimum decides together whether any of them can be among the smallest
-TIE = 2.0**-22  # cosines closer than this are equal: two float32 steps at 1
+TIE = 2.0**-21  # cosines closer than this count as equal: float32 products of the same rows differ by up to 3e-7
 
 
 def smallest_products(
@@ -88,15 +88,14 @@ def farthest_others(
     if scores.shape[1] > k:
         shared = ((scores[:, k] - scores[:, k - 1] <= TIE) & ~own.gather(1, order)[:, k]).nonzero()[:, 0]
         for rows in shared.split(_torch_rows(keys) // 4 + 1):
-            last = scores[rows, k - 1]
-            scores[rows, :k], found[rows, :k] = _break_ties(queries, keys, candidates, rows, last, k, seed)
+            scores[rows, :k], found[rows, :k] = _break_ties(queries, keys, candidates, rows, k, seed)
     return scores[:, :k], candidates[found[:, :k]]
 
 
 def _break_ties(
-    queries: Tensor, keys: Tensor, candidates: Tensor, rows: Tensor, last: Tensor, k: int, seed: int
+    queries: Tensor, keys: Tensor, candidates: Tensor, rows: Tensor, k: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """All clearly below the k-th score ``last``, then those equal to it by (hash of row) xor (hash of candidate).
+    """All clearly below the k-th score, then those equal to it by (hash of row) xor (hash of candidate).
 
     That is another order for every row, and costs one xor per pair.
     """
@@ -104,9 +103,10 @@ def _break_ties(
     words = words.to(keys.device)
     with _no_tf32():
         scores = queries[rows] @ keys.T
+    scores.masked_fill_(candidates == rows[:, None], torch.inf)
+    last = _smallest(scores, k)[0][:, -1:]  # of these very products: the engine's may be rounded otherwise
     rank = words[rows, None] ^ words[candidates]
-    rank = rank.masked_fill_(scores > last[:, None] + TIE, 2**31 - 1).masked_fill_(scores < last[:, None] - TIE, -1)
-    rank.masked_fill_(candidates == rows[:, None], 2**31 - 1)
+    rank.masked_fill_(scores > last + TIE, 2**31 - 1).masked_fill_(scores < last - TIE, -1)
     found = _smallest(rank, k)[1]
     chosen, order = scores.gather(1, found).sort(dim=1)
     return chosen, found.gather(1, order)

@@ -76,7 +76,15 @@ def test_equal_cosines_do_not_go_to_the_same_reports(kind, engine):
     assert not np.array_equal(made.table, build_negatives(vectors, k, engine=engine, seed=4).table)
 
 
-def test_a_tie_at_the_last_place_keeps_all_that_are_strictly_farther():
+@pytest.mark.parametrize("rounding", [0, 6e-7, -6e-7])
+def test_a_tie_at_the_last_place_keeps_all_that_are_strictly_farther(rounding, monkeypatch):
+    """Also where the engine's products are rounded otherwise than those that break the tie."""
+
+    def rounded(queries, keys, k):
+        products, ids = farthest._torch_search(queries, keys, k)
+        return products + rounding, ids
+
+    monkeypatch.setitem(farthest.ENGINES, "torch", (rounded, farthest._torch_rows))
     far, tied = torch.tensor([[-1.0, 0.0]]).repeat(3, 1), torch.tensor([[0.0, 1.0]]).repeat(400, 1)
     vectors = torch.cat((torch.tensor([[1.0, 0.0]]).repeat(5, 1), tied, far))
     made = build_negatives(vectors, 8, engine="torch")
