@@ -1,7 +1,7 @@
 """A corpus: WebDataset shards of native integer samples with Parquet tables, the one form in which training reads ECGs.
 
     CORPUS/corpus.json       format, version, counts, checksums; written last: a folder without it is not a corpus yet
-           shards/00000.tar  per record `KEY.id` (int64) and `KEY.adc` (int16 or int32 [12, L], lead-major, native rate)
+           shards/00000.tar  per record `ID.id` (int64) and `ID.adc` (int16 or int32 [12, L], lead-major, native rate)
            shards/00000.idx  the index of DALI's webdataset reader
            records.parquet   row i is record i: name, subject, report, split, rate, gain, baseline, place in the shards
            reports.parquet   unique normalised reports with counts
@@ -19,37 +19,39 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 FORMAT, VERSION = "dbeta-corpus", 1
 SPLITS = ("train", "validation", "test")
+BUILDING = "parts"  # folder of an unfinished preparation
 _MAKE = "make one with: dbeta prepare SOURCE ROOT --out CORPUS"
 
 
 class Corpus:
-    """Read access to a corpus folder.
+    """Read access to a corpus folder; columns are read when they are asked for and kept.
 
     Attributes:
         path: the folder.
         info: the content of corpus.json.
-        table: records.parquet.
-        reports: unique normalised reports, indexed by the ``report`` column.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any], table: pa.Table, reports: list[str]):
-        self.path, self.info, self.table, self.reports = path, info, table, reports
-        self._files: dict[int, int] = {}
+    def __init__(self, path: Path, info: dict[str, Any]):
+        self.path, self.info = path, info
+        self._columns: dict[str, pa.Array] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a corpus.
+        """Open a corpus; checks that every file is there and as long as it was (``damage`` reads every byte).
 
         Raises:
-            ValueError: the folder is missing, not a corpus, of a newer format, empty or damaged.
+            ValueError: the folder is missing, not a corpus, unfinished, of a newer format, empty or damaged.
         """
         path = Path(path)
         if not (path / "corpus.json").is_file():
-            what = "is no corpus (no corpus.json: interrupted?)" if path.is_dir() else "is missing"
+            if (path / BUILDING).is_dir():
+                raise ValueError(f"corpus {path} is unfinished; give the same dbeta prepare command again to finish it")
+            what = "is no corpus (it has no corpus.json)" if path.is_dir() else "is missing"
             raise ValueError(f"corpus {path} {what}; {_MAKE}")
         try:
             info = json.loads((path / "corpus.json").read_text())
@@ -57,20 +59,27 @@ class Corpus:
                 raise ValueError(f"{path} is not a dbeta corpus (format {info.get('format')!r}); {_MAKE}")
             if info["version"] > VERSION:
                 raise ValueError(
-                    f"corpus {path} has format version {info['version']}, dbeta reads up to {VERSION}; upgrade it"
+                    f"corpus {path} has format version {info['version']}, dbeta reads up to {VERSION}; upgrade dbeta"
                 )
             if not info["records"]:
                 raise ValueError(f"corpus {path} is empty: every record was rejected, see {path / 'rejected.csv'}")
-            table = pq.read_table(path / "records.parquet")
-            reports = pq.read_table(path / "reports.parquet", columns=["text"])["text"].to_pylist()
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, pa.ArrowException) as error:
+            rows = {name: pq.read_metadata(path / f"{name}.parquet").num_rows for name in ("records", "reports")}
+            sizes = {shard["name"]: shard["bytes"] for shard in info["shards"]}
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
             raise ValueError(f"corpus {path} is damaged ({error}); prepare it again") from None
-        if table.num_rows != info["records"]:
-            raise ValueError(f"corpus {path} is damaged: {table.num_rows} records, corpus.json says {info['records']}")
-        return cls(path, info, table, reports)
+        except pa.ArrowException as error:
+            raise ValueError(f"corpus {path} is damaged ({error}); prepare it again") from None
+        for name, count in rows.items():
+            if count != info[name]:
+                raise ValueError(f"corpus {path} is damaged: {count} {name}, corpus.json says {info[name]}")
+        for name, size in sizes.items():
+            file = path / "shards" / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise ValueError(f"corpus {path} is damaged: shards/{name} is not there with {size:,} bytes")
+        return cls(path, info)
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return self.info["records"]
 
     @property
     def source(self) -> str:
@@ -82,64 +91,94 @@ class Corpus:
         """All labels that occur."""
         return self.info["labels"]
 
+    @cached_property
+    def reports(self) -> list[str]:
+        """Unique normalised reports, indexed by the ``report`` column."""
+        return self._read("reports.parquet", "text").to_pylist()
+
     def column(self, name: str, ids: np.ndarray | None = None) -> Any:
         """One column of records.parquet, of some records: an array of numbers, or a list of anything else."""
-        column = self.table[name] if ids is None else self.table[name].take(pa.array(np.asarray(ids)))
+        if name not in self._columns:
+            self._columns[name] = self._read("records.parquet", name)
+        column = self._columns[name]
+        column = column if ids is None else column.take(pa.array(np.asarray(ids, np.int64)))
         if pa.types.is_list(column.type) and not pa.types.is_string(column.type.value_type):
-            flat = column.combine_chunks().flatten()
-            return flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+            return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
         if pa.types.is_list(column.type) or pa.types.is_string(column.type):
             return column.to_pylist()
         return column.to_numpy()
 
     def split_ids(self, split: str) -> np.ndarray:
-        """Record ids of ``train``, ``validation`` or ``test``, int64 ascending."""
+        """Record ids of ``train``, ``validation``, ``test`` or ``all``, int64 ascending."""
+        if split == "all":
+            return np.arange(len(self))
         if split not in SPLITS:
-            raise ValueError(f"split {split!r}; accepted: {', '.join(SPLITS)}")
-        return np.flatnonzero(np.asarray(self.table["split"].to_pylist()) == split)
+            raise ValueError(f"split {split!r}; accepted: {', '.join(SPLITS)}, all")
+        return np.flatnonzero(self._is("split", split))
 
     @cached_property
     def uniform(self) -> bool:
         """Whether every record is int16 at 500 Hz, so that a batch can stay integer until it is on the device."""
-        return bool((self.column("rate_hz") == 500).all()) and set(self.table["dtype"].unique().to_pylist()) == {
-            "int16"
-        }
+        return bool((self.column("rate_hz") == 500).all() and self._is("dtype", "int16").all())
 
-    @cached_property
-    def _places(self) -> tuple[np.ndarray, ...]:
-        return self.column("shard"), self.column("offset"), self.column("samples"), np.asarray(self.column("dtype"))
-
-    def read_adc(self, record: int) -> np.ndarray:
-        """Samples of one record, int16 or int32 [12, L] at its native rate; thread-safe.
+    def read_adc(self, record: int, samples: int | None = None) -> np.ndarray:
+        """Samples of one record, or its first ``samples``: int16 or int32 [12, L] at its native rate; thread-safe.
 
         Raises:
             ValueError: the shard is shorter than the table says.
         """
-        shard, offset, samples, dtype = (part[record] for part in self._places)
-        size = 12 * int(samples) * np.dtype(dtype).itemsize
-        payload = os.pread(self._descriptor(int(shard)), size, int(offset))
-        if len(payload) != size:
+        _, _, length, narrow = self._place(record)
+        length = length if samples is None else min(length, samples)
+        return self.read_into(record, np.empty((12, length), "<i2" if narrow else "<i4"))
+
+    def read_into(self, record: int, out: np.ndarray) -> np.ndarray:
+        """Fill ``out`` [12, n], rows contiguous, of the record's type, with its first n samples; returns ``out``."""
+        shard, offset, length, _ = self._place(record)
+        whole = out.shape[1] == length and out.flags.c_contiguous
+        # Opening anew costs microseconds and leaves nothing open: a big corpus has more shards than a process may open.
+        descriptor = os.open(self.shard_path(shard), os.O_RDONLY)
+        try:
+            if whole:
+                done = os.preadv(descriptor, [out], offset) == out.nbytes
+            else:
+                step = length * out.itemsize
+                done = all(os.preadv(descriptor, [row], offset + i * step) == row.nbytes for i, row in enumerate(out))
+        finally:
+            os.close(descriptor)
+        if not done:
             raise ValueError(
-                f"record {record} of {self.path}: {len(payload)} of {size} bytes in {self.shard_path(shard).name}; "
-                "check it with: dbeta doctor CORPUS --checksums"
+                f"record {record} of {self.path}: {self.shard_path(shard).name} ends inside it; "
+                "check the corpus with: dbeta doctor CORPUS --checksums"
             )
-        return np.frombuffer(payload, np.dtype(dtype).newbyteorder("<")).reshape(12, -1)
+        return out
 
     def shard_path(self, shard: int) -> Path:
         """The tar of a shard."""
         return self.path / "shards" / f"{int(shard):05d}.tar"
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.shard_path(shard), os.O_RDONLY)
-        return self._files[shard]
+    def damage(self) -> list[str]:
+        """Names of the files whose checksum does not match (none: the corpus is whole); reads every byte."""
+        files = {f"shards/{shard['name']}": shard["sha256"] for shard in self.info["shards"]} | self.info["files"]
+        return [name for name, digest in files.items() if file_digest(self.path / name) != digest]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, ...]:
+        return self.column("shard"), self.column("offset"), self.column("samples"), self._is("dtype", "int16")
 
-    def damaged_shards(self) -> list[str]:
-        """Names of the shards whose checksum does not match; reads every byte."""
-        return [s["name"] for s in self.info["shards"] if file_digest(self.path / "shards" / s["name"]) != s["sha256"]]
+    def _place(self, record: int) -> tuple[int, int, int, bool]:
+        shard, offset, samples, narrow = (part[record] for part in self._places)
+        return int(shard), int(offset), int(samples), bool(narrow)
+
+    def _is(self, name: str, value: str) -> np.ndarray:
+        if name not in self._columns:
+            self._columns[name] = self._read("records.parquet", name)
+        return pc.equal(self._columns[name], value).to_numpy(zero_copy_only=False)
+
+    def _read(self, file: str, column: str) -> pa.Array:
+        try:
+            return pq.read_table(self.path / file, columns=[column])[column].combine_chunks()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{self.path / file} is damaged ({error}); prepare the corpus again") from None
 
 
 def file_digest(path: Path) -> str:

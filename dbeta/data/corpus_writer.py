@@ -1,246 +1,301 @@
-"""Writing a corpus: in parallel, resumable, atomic, in memory that does not grow with the number of records.
+"""Writing a corpus: in parallel, resumable, atomic, in memory that grows with the distinct reports only.
 
-Tasks are permuted once by seed and cut into shards. A worker process reads the tasks of one shard, writes its tar,
-index and rows under temporary names and renames them, the rows last: a shard with its rows is whole, and a run that was
-killed goes on with the shards that have none. At the end the rows are joined, and ``corpus.json`` makes the folder a
-corpus.
+    1. plan    a table with a row per record of the data set, permuted once by seed, cut into shards, put on disk
+    2. read    a worker reads the rows of one shard and writes its tar and its part of the tables; the part comes last
+    3. number  how many records were rejected is known now: every shard gets its ids, its index and its checksum
+    4. finish  the parts are joined; corpus.json makes the folder a corpus
+
+A killed run goes on where it was: a shard with its part is whole, step 3 may be repeated, step 4 is quick.
 """
 
 import csv
+import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dbeta.data.corpus import FORMAT, VERSION, file_digest
+from dbeta.data.corpus import BUILDING, FORMAT, VERSION, file_digest
+from dbeta.data.pool import WorkerPool
 from dbeta.data.records import Record, Rejection
-from dbeta.data.reports import normalise
-from dbeta.runtime import progress
+from dbeta.data.shards import ShardWriter, number_shard, put_in_place, write_whole
 
 SHARD_RECORDS = 1000
-ROW = pa.schema(
+PART = pa.schema(
     [
-        ("key", pa.int64()), ("name", pa.string()), ("subject", pa.string()), ("text", pa.string()),
-        ("split", pa.string()), ("rate_hz", pa.float64()), ("samples", pa.int32()), ("dtype", pa.string()),
-        ("gain", pa.list_(pa.float64())), ("baseline", pa.list_(pa.int32())), ("present", pa.list_(pa.bool_())),
-        ("flat", pa.list_(pa.bool_())), ("shard", pa.int32()), ("offset", pa.int64()),
-        ("labels", pa.list_(pa.string())), ("sha256", pa.string()),
+        ("name", pa.string()), ("subject", pa.string()), ("text", pa.string()), ("split", pa.string()),
+        ("rate_hz", pa.float64()), ("samples", pa.int32()), ("dtype", pa.string()), ("gain", pa.list_(pa.float64())),
+        ("baseline", pa.list_(pa.int32())), ("present", pa.list_(pa.bool_())), ("flat", pa.list_(pa.bool_())),
+        ("shard", pa.int32()), ("offset", pa.int64()), ("labels", pa.list_(pa.string())), ("sha256", pa.string()),
     ]
 )  # fmt: skip
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a corpus is made of; a resumed preparation must have the same.
+    """What a corpus is made of.
 
     Attributes:
-        source: name of the data set.
-        tasks: what ``read`` understands, one entry per record.
-        read: tasks of a shard to one ``Record`` or ``Rejection`` each, in order; runs in worker processes.
-        shuffle: permute the tasks (synthetic records need none).
-        validation: share of subjects held out where a record does not say its split.
+        table: a row per record, with whatever columns ``read`` needs. A row whose ``refused`` column is not null is
+            rejected for that reason (with ``name`` and ``detail``) and never read.
+        read: rows to one ``Record`` or ``Rejection`` each, in order; runs in worker processes, so it is picklable.
+        shuffle: permute the rows (synthetic records need none).
+        facts: further entries of corpus.json.
+    """
+
+    table: pa.Table
+    read: Callable[[list[Row]], Iterator[Record | Rejection]]
+    shuffle: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What decides a corpus beside the raw records; a resumed preparation must have the same.
+
+    Attributes:
+        validation: share of the subjects held out, where the data set does not say a record's split itself.
     """
 
     source: str
-    tasks: Sequence[Any]
-    read: Callable[[Sequence[Any]], Any]
+    root: str = ""
+    limit: int | None = None
     seed: int = 0
     cleaning: str = "paper"
-    shuffle: bool = True
     validation: float = 0.05
-    facts: dict[str, Any] | None = None
 
 
-def write_corpus(plan: Plan, out: Path, *, workers: int = 2, rejected: Sequence["Rejection"] = ()) -> dict[str, Any]:
-    """Write the corpus of ``plan``; returns the content of corpus.json.
+@dataclass(frozen=True)
+class _Job:
+    read: Callable
+    options: Options
+    out: Path
 
-    Args:
-        rejected: records refused before they became tasks (no file, a duplicate in a table).
+
+def write_corpus(plan: Plan, options: Options, out: Path, *, workers: int = 2) -> dict[str, Any]:
+    """Write the corpus of ``plan`` to ``out``; returns the content of corpus.json.
 
     Raises:
-        ValueError: ``out`` holds something else, or an unfinished corpus of another plan.
+        ValueError: ``out`` holds something else, cannot be written, or holds an unfinished corpus of other options.
     """
-    parts = _begin(plan, out)
-    order = (
-        np.random.default_rng(plan.seed).permutation(len(plan.tasks)) if plan.shuffle else np.arange(len(plan.tasks))
-    )
-    shards = [order[low : low + SHARD_RECORDS] for low in range(0, len(order), SHARD_RECORDS)]
-    missing = [i for i in range(len(shards)) if not (parts / f"{i:05d}.parquet").is_file()]
-    with progress(f"prepare {plan.source}", len(order)) as advance:
-        advance(sum(len(shards[i]) for i in set(range(len(shards))) - set(missing)))
-        jobs = ((plan.read, [plan.tasks[i] for i in shards[s]], s, out, plan.cleaning) for s in missing)
-        for done in _run(jobs, workers):
-            advance(done)
-    return _finish(plan, out, parts, len(shards), rejected)
+    from dbeta.runtime import progress
+
+    with _claimed(out, options) as parts:
+        planned = parts / "plan.arrow"
+        if not planned.is_file():
+            _write_plan(plan, options.seed, planned)
+        sizes = _shard_sizes(planned)
+        job = _Job(plan.read, options, out)
+        missing = [i for i in range(len(sizes)) if not _part(out, i).is_file()]
+        with WorkerPool(min(workers, len(sizes))) as pool:
+            with progress(f"prepare {options.source}", sum(sizes)) as advance:
+                advance(sum(sizes) - sum(sizes[i] for i in missing))
+                for done in pool(_write_shard, ((job, shard) for shard in missing)):
+                    advance(done)
+            counts = [pq.read_metadata(_part(out, i)).num_rows for i in range(len(sizes))]
+            first = np.cumsum([0, *counts]).tolist()
+            with progress("index and checksums", sum(counts)) as advance:
+                entries = []
+                for entry in pool(_number, ((out, i, first[i]) for i in range(len(sizes)) if counts[i])):
+                    entries.append(entry)
+                    advance(entry["records"])
+        return _finish(plan, options, out, len(sizes), sorted(entries, key=lambda entry: entry["name"]))
 
 
-def _run(jobs: Any, workers: int) -> Any:
-    if workers == 1:
-        yield from (_write_shard(*job) for job in jobs)
-        return
-    # Workers are spawned: a process with torch's threads must not be forked. Few jobs are handed out at a time, since
-    # each carries its tasks.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = set()
-        for job in jobs:
-            running.add(pool.submit(_write_shard, *job))
-            while len(running) > 2 * workers:
-                first = next(as_completed(running))
-                running.remove(first)
-                yield first.result()
-        yield from (future.result() for future in as_completed(running))
+# --- 1. plan ---------------------------------------------------------------------------------------------------------
 
 
-def _begin(plan: Plan, out: Path) -> Path:
-    if (out / "corpus.json").exists():
-        raise ValueError(f"--out {out} is already a corpus; choose another folder or delete it first")
-    parts = out / "parts"
-    digest = hashlib.sha256(repr((plan.source, plan.seed, plan.cleaning, len(plan.tasks))).encode())
-    for task in plan.tasks:
-        digest.update(repr(task).encode())
-    mark = parts / "plan"
-    if out.is_dir() and any(out.iterdir()):
-        if not mark.is_file():
-            raise ValueError(f"--out {out} is not empty and not an unfinished corpus; choose another folder")
-        if mark.read_text() != digest.hexdigest():
-            raise ValueError(f"--out {out} holds an unfinished corpus of other records or options; delete it first")
-        return parts
-    try:
-        parts.mkdir(parents=True)
-        (out / "shards").mkdir()
-        mark.write_text(digest.hexdigest())
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error}") from None
-    return parts
+class _claimed:
+    """The folder of parts, made or found, locked against a second preparation while it is used."""
+
+    def __init__(self, out: Path, options: Options):
+        self.out, self.parts = out, out / BUILDING
+        self.wanted = {**options.__dict__, "version": VERSION}
+
+    def __enter__(self) -> Path:
+        out, mark = self.out, self.parts / "options.json"
+        if (out / "corpus.json").exists():
+            raise ValueError(f"--out {out} is already a corpus; choose another folder or delete it first")
+        if out.is_dir() and any(out.iterdir()):
+            if not mark.is_file():
+                raise ValueError(f"--out {out} is not empty and not an unfinished corpus; choose another folder")
+            held = json.loads(mark.read_text())
+            if other := [key for key in self.wanted if held.get(key) != self.wanted[key]]:
+                raise ValueError(
+                    f"--out {out} holds an unfinished corpus with another {', '.join(other)}; "
+                    "repeat its options to finish it, or delete it first"
+                )
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            (out / "shards").mkdir(exist_ok=True)
+            write_whole(mark, json.dumps(self.wanted))
+            self.lock = (self.parts / "lock").open("w")
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written: {error}") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise ValueError(f"--out {out} is being written by another dbeta prepare; wait for it") from None
+        return self.parts
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.close()
 
 
-def _write_shard(read: Callable, tasks: Sequence[Any], shard: int, out: Path, cleaning: str) -> int:
-    """One shard: tar and index, then its rejections, then its rows, each whole or absent."""
-    rows, refused = [], []
-    name = f"{shard:05d}"
-    tar_path, index_path = out / "shards" / f".{name}.tar", out / "shards" / f".{name}.idx"
-    with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar, index_path.open("w") as index:
-        entries = []
-        for position, record in enumerate(read(tasks)):
-            if isinstance(record, Rejection):
-                refused.append((record.name, record.reason, "rejected", record.detail))
-                continue
-            refused += [(record.name, note, "repaired", detail) for note, detail in record.notes]
-            key = shard * SHARD_RECORDS + position
-            members = []
-            payload = np.ascontiguousarray(record.adc).astype(record.adc.dtype.newbyteorder("<"), copy=False).tobytes()
-            for kind, content in (("id", np.int64(key).tobytes()), ("adc", payload)):
-                member = tarfile.TarInfo(f"{key:08d}.{kind}")
-                member.size = len(content)
-                start = tar.offset + tarfile.BLOCKSIZE
-                tar.addfile(member, io.BytesIO(content))
-                members.append(f"{kind} {start} {len(content)} {member.name}")
-            entries.append(" ".join(members))
-            rows.append(_row(record, key, shard, start, payload, cleaning))
-        index.write(f"v1.2 {len(entries)}\n" + "".join(f"{entry}\n" for entry in entries))
-    os.replace(tar_path, out / "shards" / f"{name}.tar")
-    os.replace(index_path, out / "shards" / f"{name}.idx")
-    with (out / "parts" / f"{name}.json").open("w") as file:
-        json.dump(refused, file)
-    _sync(out / "shards" / f"{name}.tar")
-    partial = out / "parts" / f".{name}.parquet"
-    digest = {"sha256": file_digest(out / "shards" / f"{name}.tar")}
-    pq.write_table(pa.Table.from_pylist(rows, ROW.with_metadata(digest)), partial)
-    _sync(partial)
-    os.replace(partial, out / "parts" / f"{name}.parquet")
+def _write_plan(plan: Plan, seed: int, path: Path) -> None:
+    """Rows in their final order, a batch per shard; those refused already are the last batch."""
+    table, refused = plan.table, np.zeros(len(plan.table), bool)
+    if "refused" in table.column_names:
+        refused = pc.is_valid(table["refused"]).to_numpy()
+    kept = np.flatnonzero(~refused)
+    if plan.shuffle:
+        kept = kept[np.random.default_rng(seed).permutation(len(kept))]
+    partial = path.with_name(f".{path.name}")
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        for low in range(0, len(kept), SHARD_RECORDS):
+            rows = table.take(pa.array(kept[low : low + SHARD_RECORDS])).combine_chunks()
+            writer.write_table(rows, max_chunksize=SHARD_RECORDS)
+    rows = table.filter(pa.array(refused)).select(["name", "refused", "detail"]).to_pylist() if refused.any() else []
+    noted = [(row["name"], row["refused"], "rejected", row["detail"] or "") for row in rows]
+    write_whole(path.with_name("refused.json"), json.dumps(noted))
+    put_in_place(partial, path)
+
+
+def _shard_sizes(planned: Path) -> list[int]:
+    with pa.memory_map(str(planned)) as file:
+        reader = pa.ipc.open_file(file)
+        return [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
+
+
+# --- 2. read, 3. number: in worker processes -------------------------------------------------------------------------
+
+
+def _write_shard(job: _Job, shard: int) -> int:
+    """One shard: its tar under provisional ids, then its part of the tables; each whole or absent."""
+    with pa.memory_map(str(job.out / BUILDING / "plan.arrow")) as file:
+        tasks = pa.ipc.open_file(file).get_batch(shard).to_pylist()
+    rows, noted = [], []
+    path = job.out / "shards" / f"{shard:05d}.tar"
+    partial = path.with_name(f".{path.name}")
+    writer = ShardWriter(partial)
+    for record in job.read(tasks):
+        if isinstance(record, Rejection):
+            noted.append((record.name, record.reason, "rejected", record.detail))
+            continue
+        noted += [(record.name, reason, "repaired", detail) for reason, detail in record.notes]
+        rows.append(_row(record, shard, writer.add(len(rows), record.adc), job.options))
+    writer.close()
+    put_in_place(partial, path)
+    part = _part(job.out, shard)
+    table = pa.Table.from_pylist(rows, PART.with_metadata({"noted": json.dumps(noted)}))
+    _write_parquet([table], part, table.schema)
     return len(tasks)
 
 
-def _row(record: Record, key: int, shard: int, offset: int, payload: bytes, cleaning: str) -> dict[str, Any]:
+def _row(record: Record, shard: int, offset: int, options: Options) -> Row:
     return {
-        "key": key, "name": record.name, "subject": record.subject, "text": normalise(record.report, cleaning),
-        "split": record.split, "rate_hz": float(record.rate_hz), "samples": record.adc.shape[1],
-        "dtype": record.adc.dtype.name, "gain": np.asarray(record.gain, float).tolist(),
-        "baseline": np.asarray(record.baseline).tolist(), "present": np.asarray(record.present).tolist(),
-        "flat": np.asarray(record.flat).tolist(), "shard": shard, "offset": offset, "labels": list(record.labels),
-        "sha256": hashlib.sha256(payload).hexdigest()[:16],
+        "name": record.name, "subject": record.subject, "text": record.report,
+        "split": record.split or drawn_split(record.subject, options.seed, options.validation),
+        "rate_hz": float(record.rate_hz), "samples": record.adc.shape[1], "dtype": record.adc.dtype.name,
+        "gain": record.gain, "baseline": record.baseline, "present": record.present, "flat": record.flat,
+        "shard": shard, "offset": offset, "labels": record.labels,
+        "sha256": hashlib.sha256(np.ascontiguousarray(record.adc)).hexdigest()[:16],
     }  # fmt: skip
 
 
-def _finish(plan: Plan, out: Path, parts: Path, count: int, rejected: Sequence[Rejection]) -> dict[str, Any]:
-    paths = [parts / f"{i:05d}.parquet" for i in range(count)]
-    table = pa.concat_tables([pq.read_table(path, schema=ROW) for path in paths]) if paths else ROW.empty_table()
-    counts = Counter(table["text"].to_pylist())
-    texts = list(counts)  # in order of first occurrence, which the seed decides
-    number = {text: i for i, text in enumerate(texts)}
-    report = pa.array([number[text] for text in table["text"].to_pylist()], pa.int32())
-    split = pa.array(_splits(table, plan))
-    table = table.drop_columns(["text", "split"])
-    table = table.add_column(0, "record", pa.array(np.arange(table.num_rows)))
-    table = table.append_column("report", report).append_column("split", split)
-    _write_parquet(table, out / "records.parquet")
-    _write_parquet(
-        pa.table(
-            {"report": pa.array(np.arange(len(texts)), pa.int32()), "text": texts, "count": list(counts.values())}
-        ),
-        out / "reports.parquet",
-    )
-    refused = [(r.name, r.reason, "rejected", r.detail) for r in rejected]
-    for i in range(count):
-        refused += json.loads((parts / f"{i:05d}.json").read_text())
+def drawn_split(subject: str, seed: int, validation: float) -> str:
+    """A subject's split by a seeded hash, so that none is on both sides whatever else the corpus holds."""
+    word = int.from_bytes(hashlib.sha256(f"{seed}:{subject}".encode()).digest()[:8])
+    return "validation" if word < validation * 2**64 else "train"
+
+
+def _number(out: Path, shard: int, first: int) -> dict[str, Any]:
+    table = pq.read_table(_part(out, shard), columns=["offset", "samples", "dtype"])
+    width = np.where(pc.equal(table["dtype"], "int16").to_numpy(zero_copy_only=False), 2, 4)
+    sizes = 12 * table["samples"].to_numpy().astype(np.int64) * width
+    return number_shard(out / "shards" / f"{shard:05d}.tar", first, table["offset"].to_numpy(), sizes)
+
+
+# --- 4. finish -------------------------------------------------------------------------------------------------------
+
+
+def _finish(plan: Plan, options: Options, out: Path, shards: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    noted = [tuple(row) for row in json.loads((out / BUILDING / "refused.json").read_text())]
+    texts, splits, subjects, labels = _Texts(options.cleaning), Counter(), set(), set()
+
+    def joined() -> Iterator[pa.Table]:
+        first = 0
+        for shard in range(shards):
+            part = pq.read_table(_part(out, shard))
+            noted.extend(tuple(row) for row in json.loads(part.schema.metadata[b"noted"]))
+            splits.update(part["split"].to_pylist())
+            subjects.update(part["subject"].to_pylist())
+            labels.update(pc.unique(part["labels"].combine_chunks().flatten()).to_pylist())
+            report = pa.array([texts.number(text) for text in part["text"].to_pylist()], pa.int32())
+            record = pa.array(np.arange(first, first := first + len(part)))
+            yield part.drop_columns("text").add_column(0, "record", record).add_column(1, "report", report).cast(schema)
+
+    schema = pa.schema([("record", pa.int64()), ("report", pa.int32()), *(f for f in PART if f.name != "text")])
+    _write_parquet(joined(), out / "records.parquet", schema)
+    table = pa.table({"text": list(texts.numbers), "count": pa.array(texts.counts, pa.int64())})
+    table = table.add_column(0, "report", pa.array(np.arange(len(table)), pa.int32()))
+    _write_parquet([table], out / "reports.parquet", table.schema)
     with (out / "rejected.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("name", "reason", "action", "detail"), *sorted(map(tuple, refused))])
+        csv.writer(file).writerows([("name", "reason", "action", "detail"), *sorted(noted)])
+    for shard in set(range(shards)) - {int(entry["name"][:5]) for entry in entries}:
+        (out / "shards" / f"{shard:05d}.tar").unlink(missing_ok=True)  # not one record of it was good
     info = {
-        "format": FORMAT, "version": VERSION, "source": plan.source, "cleaning": plan.cleaning, "seed": plan.seed,
-        "records": table.num_rows, "reports": len(texts), "subjects": len(set(table["subject"].to_pylist())),
-        "rejected": sum(row[2] == "rejected" for row in refused),
-        "repaired": sum(row[2] == "repaired" for row in refused),
-        "splits": dict(Counter(split.to_pylist())),
-        "labels": sorted({label for labels in table["labels"].to_pylist() for label in labels}),
-        "shards": [_shard_entry(out, parts, i) for i in range(count)], **(plan.facts or {}),
+        "format": FORMAT, "version": VERSION, "source": options.source, "cleaning": options.cleaning,
+        "seed": options.seed, "records": sum(entry["records"] for entry in entries), "reports": len(table),
+        "subjects": len(subjects), "rejected": sum(row[2] == "rejected" for row in noted),
+        "repaired": sum(row[2] == "repaired" for row in noted), "splits": dict(sorted(splits.items())),
+        "labels": sorted(labels), **plan.facts, "shards": entries,
+        "files": {name: file_digest(out / name) for name in ("records.parquet", "reports.parquet", "rejected.csv")},
     }  # fmt: skip
-    partial = out / ".corpus.json"
-    partial.write_text(json.dumps(info, indent=1))
-    _sync(partial)
-    os.replace(partial, out / "corpus.json")
-    shutil.rmtree(parts)
+    write_whole(out / "corpus.json", json.dumps(info, indent=1))
+    shutil.rmtree(out / BUILDING)
     return info
 
 
-def _shard_entry(out: Path, parts: Path, index: int) -> dict[str, Any]:
-    metadata = pq.read_metadata(parts / f"{index:05d}.parquet")
-    path = out / "shards" / f"{index:05d}.tar"
-    digest = metadata.schema.to_arrow_schema().metadata[b"sha256"].decode()
-    return {"name": path.name, "records": metadata.num_rows, "bytes": path.stat().st_size, "sha256": digest}
+class _Texts:
+    """Unique normalised reports, numbered by first occurrence, which the seed decides."""
+
+    def __init__(self, cleaning: str):
+        from dbeta.data.reports import normalise  # here, so that worker processes do without torch
+
+        self.normalise, self.cleaning = normalise, cleaning
+        self.numbers: dict[str, int] = {}
+        self.counts: list[int] = []
+
+    def number(self, raw: str) -> int:
+        number = self.numbers.setdefault(self.normalise(raw, self.cleaning), len(self.numbers))
+        if number == len(self.counts):
+            self.counts.append(0)
+        self.counts[number] += 1
+        return number
 
 
-def _splits(table: pa.Table, plan: Plan) -> list[str]:
-    """A record's own split, or by a seeded hash of its subject, so that no subject is on both sides."""
-
-    def drawn(subject: str) -> str:
-        word = hashlib.sha256(f"{plan.seed}:{subject}".encode()).digest()[:8]
-        return "validation" if int.from_bytes(word) < plan.validation * 2**64 else "train"
-
-    return [own or drawn(s) for own, s in zip(table["split"].to_pylist(), table["subject"].to_pylist())]
+def _part(out: Path, shard: int) -> Path:
+    return out / BUILDING / f"{shard:05d}.parquet"
 
 
-def _write_parquet(table: pa.Table, path: Path) -> None:
+def _write_parquet(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
     partial = path.with_name(f".{path.name}")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with pq.ParquetWriter(partial, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    put_in_place(partial, path)

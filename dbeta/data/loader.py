@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dbeta.data.corpus import Corpus
+from dbeta.data.resample import inputs_for, resample
 from dbeta.runtime import announce
 
 RATE_HZ, SAMPLES = 500, 5000
@@ -105,7 +106,7 @@ class ReferenceLoader:
         self.pinned = torch.device(device).type == "cuda"
         self.gain = torch.from_numpy(corpus.column("gain").astype(np.float32))
         self.baseline = torch.from_numpy(corpus.column("baseline").astype(np.float32))
-        self.rate_hz = corpus.column("rate_hz")
+        self.rate_hz, self.samples = corpus.column("rate_hz"), corpus.column("samples")
         self.pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="dbeta-loader")
         self.ahead: deque[tuple[Future, dict[str, int]]] = deque()
         self.depth = max(workers, 1) + 1
@@ -152,22 +153,21 @@ class ReferenceLoader:
         if self.corpus.uniform:
             adc = np.empty((len(records), 12, SAMPLES), np.int16)
             for row, record in zip(adc, records):
-                samples = self.corpus.read_adc(record)[:, :SAMPLES]
-                row[:, : samples.shape[1]] = samples
-                row[:, samples.shape[1] :] = INVALID
+                length = min(self.samples[record], SAMPLES)
+                self.corpus.read_into(record, row[:, :length])
+                row[:, length:] = INVALID
             batch = RawBatch(records=ids, adc=torch.from_numpy(adc), gain=self.gain[ids], baseline=self.baseline[ids])
         else:
             batch = RawBatch(records=ids, signal=torch.from_numpy(np.stack([self._millivolts(r) for r in records])))
         return batch.pin() if self.pinned else batch
 
     def _millivolts(self, record: int) -> np.ndarray:
-        from dbeta.data.resample import resample
-
-        adc = self.corpus.read_adc(record)
+        rate_hz = float(self.rate_hz[record])
+        adc = self.corpus.read_adc(record, inputs_for(SAMPLES, rate_hz))
         gain, baseline = self.gain[record].numpy()[:, None], self.baseline[record].numpy()[:, None]
         valid = adc != np.iinfo(adc.dtype).min
         signal = np.where(valid, (adc - baseline) / gain, 0).astype(np.float32)
-        signal = resample(signal, float(self.rate_hz[record]))[:, :SAMPLES]
+        signal = resample(signal, rate_hz)[:, :SAMPLES]
         return np.pad(signal, ((0, 0), (0, SAMPLES - signal.shape[1])))
 
 

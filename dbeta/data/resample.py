@@ -51,6 +51,14 @@ def filter_table(rate_hz: float) -> FilterTable | None:
     return FilterTable(weights.astype(np.float32), up, down, 1 - half)
 
 
+def inputs_for(outputs: int, rate_hz: float) -> int:
+    """How many leading samples at ``rate_hz`` decide the first ``outputs`` samples at 500 Hz."""
+    design = filter_table(rate_hz)
+    if design is None:
+        return outputs
+    return (outputs - 1) * design.down // design.up + design.first + design.table.shape[1]
+
+
 @lru_cache(maxsize=32)
 def _matrix(rate_hz: float, samples: int) -> sparse.csr_array:
     """The whole operation on ``samples`` inputs as a sparse matrix [outputs, samples], ends included."""

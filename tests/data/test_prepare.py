@@ -125,7 +125,7 @@ def test_mimic(signals, tmp_path):
     assert info["records"] + info["rejected"] == len(tree.list)
     assert corpus.reports[corpus.column("report")[0]].startswith("sinus rhythm possible ecg finding")
     assert info["reports"] == 5 and (corpus.column("gain") == 200).all() and corpus.uniform
-    assert not corpus.damaged_shards()
+    assert corpus.damage() == []
 
 
 def test_splits_keep_subjects_apart(tmp_path):
