@@ -19,7 +19,7 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "WFDB readers copy little-endian integers");
 
-constexpr int64_t kMaxSamples = int64_t{1} << 40;
+constexpr int64_t kMost = int64_t{1} << 40;  // samples, bytes: products with leads and rates stay below 2^63
 constexpr int32_t kMaxFilter = 1 << 16;
 constexpr const char* kFormats = "8, 16, 24, 32, 61, 80, 160, 212, 310, 311";
 
@@ -108,8 +108,8 @@ int64_t samples_out(const Source& source, const Filter& filter) {
 
 void check(const Source& s, const Filter& filter, const Window& window, const std::string& record) {
   if (s.leads < 1 || s.leads > kMaxLeads) refuse(record, s.leads, " leads; 1 to ", kMaxLeads, " are read");
-  if (s.samples < 0 || s.samples > kMaxSamples) refuse(record, s.samples, " samples per lead; 0 to 2^40 are read");
-  if (s.offset < 0) refuse(record, "byte offset ", s.offset, " is negative");
+  if (s.samples < 0 || s.samples > kMost) refuse(record, s.samples, " samples per lead; 0 to 2^40 are read");
+  if (s.offset < 0 || s.offset > kMost) refuse(record, "byte offset ", s.offset, "; 0 to 2^40 are read");
   const int64_t count = s.leads * s.samples;
   int64_t least = 0, most = 0;
   const bool known = with_format(s.format, [&](auto format) {
@@ -139,7 +139,7 @@ void check(const Source& s, const Filter& filter, const Window& window, const st
     refuse(record, "a filter of ", filter.up, "/", filter.down, " with ", filter.taps, " taps from ", filter.first,
            " does not reach its own sample");
   }
-  if (window.start < 0 || window.length < 0 || window.start > kMaxSamples || window.length > kMaxSamples) {
+  if (window.start < 0 || window.length < 0 || window.start > kMost || window.length > kMost) {
     refuse(record, "window [", window.start, ", +", window.length, ") is not accepted; start and length are 0 or more");
   }
 }

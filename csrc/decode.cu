@@ -13,7 +13,10 @@
 namespace dbeta {
 namespace {
 
-constexpr int kThreads = 256;
+#ifndef DBETA_THREADS
+#define DBETA_THREADS 256
+#endif
+constexpr int kThreads = DBETA_THREADS;
 constexpr int kTile = 512;               // output samples of a block, fewer where the shared memory would not do
 constexpr int64_t kShared = 100 * 1024;  // two blocks per SM on Hopper
 
@@ -33,11 +36,11 @@ __device__ Staged<T> convert(const Source& s, const Window& window, int lead, in
 
 // Samples [first, first + count) of every lead to staged[lead * span + t - first].
 template <class F, class T>
-__device__ void stage(const Source& s, const Window& window, int64_t first, int count, Staged<T>* staged, int span) {
+__device__ void stage(const Source& s, const Window& window, int64_t first, int count, uint32_t* before,
+                      Staged<T>* staged, int span) {
   const uint8_t* bytes = s.bytes + s.offset;
   if constexpr (F::differences) {
     // All differences before the tile are summed by the block, those inside it by one thread per lead.
-    __shared__ uint32_t before[kMaxLeads];
     for (int lead = threadIdx.x; lead < s.leads; lead += kThreads) before[lead] = static_cast<uint32_t>(s.initial[lead]);
     __syncthreads();
     for (int lead = 0; lead < s.leads; ++lead) {
@@ -85,8 +88,9 @@ __device__ float filtered(const Filter& f, const float* staged, int64_t first, i
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) decode_tile(const Task<T>* tasks, int tile, int span) {
-  extern __shared__ int32_t shared[];
-  auto* staged = reinterpret_cast<Staged<T>*>(shared);
+  extern __shared__ int32_t shared[];  // one word per lead for format 8, then the tile's inputs
+  auto* before = reinterpret_cast<uint32_t*>(shared);
+  auto* staged = reinterpret_cast<Staged<T>*>(shared + kMaxLeads);
   const Task<T>& task = tasks[blockIdx.y];
   const Source& s = task.source;
   const Window& window = task.window;
@@ -102,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) decode_tile(const Task<T>* tasks, in
   }
   if (first < last) {
     with_format(s.format, [&](auto format) {
-      stage<decltype(format), T>(s, window, first, static_cast<int>(last - first), staged, span);
+      stage<decltype(format), T>(s, window, first, static_cast<int>(last - first), before, staged, span);
     });
   }
   __syncthreads();
@@ -139,10 +143,10 @@ void launch(const std::vector<Task<T>>& tasks, void* raw_stream) {
       if (f.table) reach = std::max(reach, int64_t{tile} * f.down / f.up + 2 + f.taps);
     }
     span = static_cast<int>(std::min(reach, kShared));
-    if (leads * span * 4 <= kShared) break;
+    if ((kMaxLeads + leads * span) * 4 <= kShared) break;
     if (tile == 1) throw std::runtime_error("wfdb_decode: the filter is too long for the GPU's shared memory");
   }
-  const int bytes = static_cast<int>(leads * span * 4);
+  const int bytes = static_cast<int>((kMaxLeads + leads * span) * 4);
   require(cudaFuncSetAttribute(decode_tile<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
   const auto tiles = static_cast<unsigned>((longest + tile - 1) / tile);
   constexpr size_t kRows = 65535;  // of a grid

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+
 from dbeta_kernels import extension
 
 SOURCES = extension.CHECKOUT / "csrc"

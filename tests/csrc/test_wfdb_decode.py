@@ -118,7 +118,7 @@ def test_wrong_sizes_name_record_and_bytes(wfdb_decode, fmt, samples):
         (dict(gain=torch.tensor([1.0, 0.0])), "record rec: lead 1 has gain 0"),
         (dict(gain=torch.tensor([1.0, float("nan")])), "record rec: lead 1 has gain nan"),
         (dict(skew=torch.tensor([-1, 0])), "record rec: lead 0 has skew -1"),
-        (dict(offset=-1), "record rec: byte offset -1 is negative"),
+        (dict(offset=-1), "record rec: byte offset -1;"),
         (dict(leads=33), "leads, format, down or first is out of range"),
         (dict(samples=-1), "record rec: -1 samples per lead"),
         (dict(start=-1), r"record rec: window \[-1"),
