@@ -17,6 +17,7 @@ from scipy import sparse
 RATE_HZ = 500
 CROSSINGS = 16
 SHAPE = 6.8
+PIECE = 20_000  # samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,20 @@ def resample(signal: np.ndarray, rate_hz: float) -> np.ndarray:
     signal = np.asarray(signal, np.float32)
     if signal.shape[-1] == 0:
         raise ValueError("the signal has no samples to resample")
-    if filter_table(rate_hz) is None:
+    design = filter_table(rate_hz)
+    if design is None:
         return signal
     flat = signal.reshape(-1, signal.shape[-1])
-    return np.ascontiguousarray((_matrix(rate_hz, signal.shape[-1]) @ flat.T).T).reshape(*signal.shape[:-1], -1)
+    samples = flat.shape[1]
+    outputs = -(-samples * design.up // design.down)
+    result = np.empty((len(flat), outputs), np.float32)
+    # A long record goes in pieces, whose outer taps reach over their borders; a piece begins where the phase is 0.
+    step = max(PIECE // design.down, 1)
+    halo = -(-design.table.shape[1] // design.down)
+    for first in range(0, -(-outputs // design.up), step):
+        before = max(first - halo, 0)
+        piece = flat[:, before * design.down : (first + step + halo) * design.down]
+        made = (_matrix(rate_hz, piece.shape[1]) @ piece.T).T[:, (first - before) * design.up :]
+        place = result[:, first * design.up : (first + step) * design.up]
+        place[:] = made[:, : place.shape[1]]
+    return result.reshape(*signal.shape[:-1], -1)
