@@ -173,8 +173,8 @@ def beat_waves(
     w = anatomy.qrs * (1 + 0.10 * hypertrophy)
     septum = mix(is_left, (-0.12, -0.04, -0.25), (0.12, 0.02, 0.15)) * anatomy.septal[:, None]
     wall = mix(is_left, (0.95, 0.70, 0.10), (0.70, 0.40, 0.35)) + hypertrophy[:, None] * point(0.25, -0.15, 0.2)
-    base = mix(is_left, (0.25, -0.05, 0.75), (0.55, 0.15, 0.50)) * (anatomy.basal * (1 - 0.4 * is_right))[:, None]
-    late = mix(is_left, (-0.45, 0.02, -0.60), (0.90, 0.10, 0.50)) * (is_left + is_right * (0.65 + 0.5 * right))[:, None]
+    base = mix(is_left, (0.25, -0.05, 0.75), (0.55, 0.15, 0.50)) * (anatomy.basal * (1 - 0.5 * is_right))[:, None]
+    late = mix(is_left, (-0.45, 0.02, -0.60), (0.90, 0.10, 0.50)) * (is_left + is_right * (0.75 + 0.5 * right))[:, None]
     ventricles = [
         Wave(-0.024 * w, 0.0075 * w, qrs[:, None] * septum, 0.034),
         Wave(0.006 * is_left, 0.010 * w * (1 + 0.8 * is_left), qrs[:, None] * wall, 0.085),
@@ -208,7 +208,7 @@ def beat_waves(
     course = origin * point(0.85, 0.0, 0.75) + point(0, 1, 0) * (1.6 * draws.uniform() - 0.8)[:, None]
     course = (course + 0.15 * draws.normal(3)) * (draws.uniform(0.85, 1.5) * anatomy.voltage * low**0.8)[:, None]
     second = 0.55 * course + 0.25 * draws.normal(3)
-    width = draws.uniform(0.024, 0.032)
+    width = draws.uniform(0.019, 0.027)
     extrasystole = [
         Wave(np.zeros_like(slow), width, course, 0.115),
         Wave(0.055 + width * 0.3, width, second, 0.115),
