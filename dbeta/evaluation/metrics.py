@@ -18,6 +18,7 @@ class AucTable:
     per_class: dict[str, float]
     intervals: dict[str, Interval]
     positives: dict[str, int]  # of every class, measured or not
+    replicas: np.ndarray  # float64, the macro mean of each resample
     left_out: dict[str, str] = field(default_factory=dict)  # class -> "no positives" or "no negatives"
 
     def __str__(self) -> str:
@@ -62,23 +63,25 @@ def macro_auc(
     counts = targets.sum(0)
     left_out = {n: "no positives" for n, c in zip(names, counts) if c == 0}
     left_out |= {n: "no negatives" for n, c in zip(names, counts) if c == len(targets) and c > 0}
-    weights = _resamples(len(scores), groups, bootstrap, seed)
+    weights = resample_counts(len(scores), groups, bootstrap, seed)
     per_class, intervals, replicas = {}, {}, []
     for index, name in enumerate(names):
         if name in left_out:
             continue
         area, *again = _weighted_auc(scores[:, index], targets[:, index], weights)
         per_class[name] = float(area)
-        intervals[name] = _percentiles(np.array(again), level)
+        intervals[name] = percentile_interval(np.array(again), level)
         replicas.append(again)
     macro = float(np.mean(list(per_class.values()))) if per_class else float("nan")
+    means = _nanmean(np.array(replicas)) if replicas else np.empty(0)
     return AucTable(
         macro=macro,
-        interval=_percentiles(_nanmean(np.array(replicas)), level) if replicas else UNKNOWN,
+        interval=percentile_interval(means, level),
         per_class=per_class,
         intervals=intervals,
         positives={name: int(count) for name, count in zip(names, counts)},
         left_out=left_out,
+        replicas=means,
     )
 
 
@@ -87,8 +90,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile interval of a mean of per-record values (an accuracy, say), resampling records or whole groups."""
     values = np.asarray(values, np.float64)
-    weights = _resamples(len(values), groups, bootstrap, seed)[1:]
-    return _percentiles(weights @ values / weights.sum(1), level)
+    weights = resample_counts(len(values), groups, bootstrap, seed)[1:]
+    return percentile_interval(weights @ values / weights.sum(1), level)
 
 
 def retrieval(
@@ -116,7 +119,7 @@ def retrieval(
     return {f"recall_at_{k}": float((ranks <= k).mean()) for k in ks}
 
 
-def _resamples(records: int, groups: Sequence | None, bootstrap: int, seed: int) -> np.ndarray:
+def resample_counts(records: int, groups: Sequence | None, bootstrap: int, seed: int) -> np.ndarray:
     """float32 [1 + bootstrap, N]: how often each resample holds each record; the first row is the sample itself."""
     if groups is None:
         group, count = np.arange(records), records
@@ -133,17 +136,18 @@ def _resamples(records: int, groups: Sequence | None, bootstrap: int, seed: int)
 def _weighted_auc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """float64 [R]: P(positive above negative) + P(tie) / 2 under each row of record weights; nan where undefined."""
     order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])  # one cell per distinct score
-    areas = np.empty(len(weights))
-    positive = targets[order]
-    for first in range(0, len(weights), 128):  # a block of resamples at a time keeps memory small
-        block = weights[first : first + 128, order].astype(np.float64)
-        ups = np.add.reduceat(block * positive, starts, 1)
-        downs = np.add.reduceat(block * ~positive, starts, 1)
-        below = np.cumsum(downs, 1) - downs / 2
-        pairs = ups.sum(1) * downs.sum(1)
-        wins = (ups * below).sum(1)
-        areas[first : first + 128] = np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+    ranked, positive = scores[order], np.flatnonzero(targets[order])
+    negative = 1.0 - targets[order]
+    lower, upper = (np.searchsorted(ranked, ranked[positive], side) for side in ("left", "right"))
+    areas = np.full(len(weights), np.nan)
+    for first in range(0, len(weights), 32):  # a block that stays in the cache
+        block = weights[first : first + 32].take(order, axis=1).astype(np.float64)
+        mine = block[:, positive]
+        below = np.zeros((len(block), len(scores) + 1))
+        np.cumsum(block * negative, 1, out=below[:, 1:])
+        wins = (mine * (below[:, lower] + below[:, upper])).sum(1) / 2
+        pairs = mine.sum(1) * below[:, -1]
+        np.divide(wins, pairs, out=areas[first : first + 32], where=pairs > 0)
     return areas
 
 
@@ -154,7 +158,8 @@ def _nanmean(replicas: np.ndarray) -> np.ndarray:
     return np.where(known, replicas, 0).sum(0)[some] / known.sum(0)[some]
 
 
-def _percentiles(values: np.ndarray, level: float) -> Interval:
+def percentile_interval(values: np.ndarray, level: float = 0.95) -> Interval:
+    """The central ``level`` of the values that are finite; nan if none is."""
     values = values[np.isfinite(values)]
     if not len(values):
         return UNKNOWN
