@@ -27,15 +27,35 @@ def run(
         if resume:
             raise ValueError("--resume needs --out RUN, the run folder to go on with")
         out = Path("runs") / f"{Path(config.preset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if config.preset != "smoke" and not config.model.text_weights:
-        raise ValueError(
-            "model.text_weights is not set: give --set model.text_weights=DIR (a Flan-T5 folder) or =random"
-        )
     from dbeta.data.corpus import Corpus
     from dbeta.trainer import train
 
     corpus = Corpus.open(data or _synthetic(config, out))
+    if config.preset != "smoke":
+        _require_language_model(config, corpus.path)
     return train(config, corpus, out, resume=resume, show_examples=show_examples)
+
+
+def _require_language_model(config: Config, corpus: Path) -> None:
+    """Everything that a real run needs of a language model, checked before anything is loaded; all gaps in one error."""
+    from dbeta.data.tokenizer import load_tokenizer
+    from dbeta.models.pretrained import text_weights_folder
+
+    gaps = []
+    if config.model.text_weights != "random":
+        try:
+            text_weights_folder(config.model.text_weights)
+        except ValueError as error:
+            gaps.append(str(error))
+    if config.data.tokenizer != "corpus":
+        try:
+            load_tokenizer(config.data.tokenizer)
+        except ValueError as error:
+            gaps.append(str(error))
+    if config.data.negatives == "n3s" and not (corpus / "negatives.npz").is_file():
+        gaps.append(f"no table of negatives; make it with: dbeta negatives {corpus} --encoder DIR|hashing")
+    if gaps:
+        raise ValueError(f"preset {config.preset} lacks {len(gaps)} of its inputs. " + ". ".join(gaps))
 
 
 def _synthetic(config: Config, out: Path) -> Path:

@@ -24,6 +24,7 @@ from dbeta.data.inputs import load_inputs
 from dbeta.data.loader import RawBatch, make_loader
 from dbeta.losses import Losses, pretraining_losses
 from dbeta.models.dbeta import DBeta
+from dbeta.models.pretrained import load_text_weights
 from dbeta.optim import learning_rate, make_optimizer, set_learning_rate
 from dbeta.report import RunLog, write_report
 from dbeta.runtime import announce, autocast, environment, prepare_process, resolve_device
@@ -120,7 +121,12 @@ def train(
     torch.manual_seed(config.train.seed)
     host_maker, tokenizer = load_inputs(corpus, config)
     maker = host_maker.to(device)
-    model = DBeta(config.model, config.runtime, tokenizer=tokenizer).to(device)
+    model = DBeta(
+        config.model, config.runtime, tokenizer=tokenizer, report_cleaning=corpus.info.get("cleaning", "paper")
+    )
+    if not restored:
+        load_text_weights(model, config.model.text_weights)
+    model.to(device)
     stepper = Stepper(model, config, device)
     validator = Validator(model, corpus, host_maker, config, device)
     loader = make_loader(

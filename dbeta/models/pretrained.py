@@ -114,6 +114,18 @@ def _snapshot(hub_id: str, problem: str) -> Path:
         raise ValueError(f"{problem} ({reason})") from None
 
 
+def text_weights_folder(source: str) -> Path:
+    """The folder of the pre-trained text encoder that ``model.text_weights`` names; a ValueError if there is none."""
+    if source and Path(source).is_dir():
+        return Path(source)
+    if not source:
+        raise ValueError("model.text_weights is not set; use --set model.text_weights=DIR|random")
+    problem = (
+        f"model.text_weights = {source!r} is neither a folder nor on the hub; use --set model.text_weights=DIR|random"
+    )
+    return _snapshot(source, problem)
+
+
 def load_text_weights(model: DBeta, source: str) -> None:
     """Fill the text encoder with pre-trained weights (``model.text_weights``).
 
@@ -125,12 +137,8 @@ def load_text_weights(model: DBeta, source: str) -> None:
     """
     if source == "random":
         return
-    options = "use --set model.text_weights=DIR (a folder with the weights) or --set model.text_weights=random"
-    if not source:
-        raise ValueError(f"model.text_weights is not set; {options}")
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _snapshot(source, f"model.text_weights = {source!r} is neither a folder nor on the hub; {options}")
+    options = "use --set model.text_weights=DIR|random"
+    folder = text_weights_folder(source)
     if not isinstance(model.text_encoder, T5Encoder):
         from transformers import AutoModel
 
