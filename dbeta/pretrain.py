@@ -37,7 +37,7 @@ def run(
 
 
 def _require_language_model(config: Config, corpus: Path) -> None:
-    """Everything that a real run needs of a language model, checked before anything is loaded; all gaps in one error."""
+    """What a real run needs of a language model, checked before anything is loaded; all gaps in one error."""
     from dbeta.data.tokenizer import load_tokenizer
     from dbeta.models.pretrained import text_weights_folder
 
@@ -52,10 +52,18 @@ def _require_language_model(config: Config, corpus: Path) -> None:
             load_tokenizer(config.data.tokenizer)
         except ValueError as error:
             gaps.append(str(error))
-    if config.data.negatives == "n3s" and not (corpus / "negatives.npz").is_file():
-        gaps.append(f"no table of negatives; make it with: dbeta negatives {corpus} --encoder DIR|hashing")
+    if config.data.negatives == "n3s" and not _chosen_table(corpus):
+        gaps.append(f"no table of negatives of a chosen encoder; run: dbeta negatives {corpus} --encoder DIR|hashing")
     if gaps:
         raise ValueError(f"preset {config.preset} lacks {len(gaps)} of its inputs. " + ". ".join(gaps))
+
+
+def _chosen_table(corpus: Path) -> bool:
+    """Whether the corpus has a table of negatives that somebody asked for, not one that smoke fell back to."""
+    from dbeta.data.negatives import NegativeTable
+
+    path = corpus / "negatives.npz"
+    return path.is_file() and not NegativeTable.load(path).metadata.get("fallback", False)
 
 
 def _synthetic(config: Config, out: Path) -> Path:

@@ -28,8 +28,8 @@ def load_inputs(corpus: Corpus, config: Config) -> tuple[BatchMaker, Tokenizer]:
             command = f"dbeta negatives {corpus.path} --encoder DIR|hashing"
             if config.preset != "smoke":
                 raise ValueError(f"{corpus.path} has no table of negatives; make it with: {command}")
-            announce(f"negatives: hashed n-grams; for a language model's table run: {command}")
-            negatives(corpus.path, encoder="hashing", device="cpu")
+            announce(f"no table of negatives: making one; to choose its encoder run: {command}")
+            negatives(corpus.path, device="cpu")
         table = torch.as_tensor(load_negatives(corpus).table)
     maker = BatchMaker(
         torch.tensor(corpus.column("report"), dtype=torch.int64),
