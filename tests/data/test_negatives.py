@@ -286,6 +286,16 @@ def test_the_command_on_a_prepared_corpus(tmp_path, monkeypatch, capsys):
         negatives.negatives(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_180_000_reports_in_a_quarter_of_an_hour_and_4_gb():
+    from dbeta_bench.negatives import whole_table
+
+    row = whole_table(180_000)
+    assert row["embed_s"] + row["search_s"] <= 900 and row["peak_host_gb"] < 4, row
+    assert row["distinct_share"] > 0.9, row
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", ["torch", "faiss"])
 def test_the_gpu_finds_the_same(engine):
