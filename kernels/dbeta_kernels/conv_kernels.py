@@ -105,7 +105,7 @@ def _aot(kernel: str, kind: str) -> AotConfig:
     names = ("weight", "bias", "out") if kernel == "conv_kernel" else ("d_out", "d_weight")
     constants = {"CHANNELS": 48, "DEPTH": 6144, "BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": block_k}
     return AotConfig(
-        kernel=kernel,
+        kernel=f"conv_kernels.{kernel}",
         signature={"packed": f"*{kind}", "starts": "*i32"}
         | {name: f"*{kind}" for name in names}
         | {"rows": "i32", "group_size": "i32"},

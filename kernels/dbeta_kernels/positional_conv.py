@@ -71,9 +71,8 @@ def _positional_conv(x: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | Non
     """The operator of contiguous tensors of one dtype, by the kernel or in the form for the CPU."""
     taps = weight.shape[-1]
     packed, starts = _pack(x, groups, taps, _before(taps)), _starts(x, taps, keep)
-    out = (conv_kernels.windows_times if kernel else _windows_times_cpu)(
-        packed, starts, _group_major(weight, groups), bias
-    )
+    multiply = conv_kernels.windows_times if kernel else _windows_times_cpu
+    out = multiply(packed, starts, _group_major(weight, groups), bias)
     return out.view(x.shape if keep is None else (*keep.shape, x.shape[-1]))
 
 
@@ -253,6 +252,8 @@ def _bytes(inputs: Inputs) -> float:
     return 3.0 * x.nbytes + 2.0 * rows * x.shape[-1] * x.itemsize + 3.0 * weight.nbytes
 
 
+_CONV, _WEIGHT = "conv_kernels.conv_kernel", "conv_kernels.weight_kernel"
+
 register(
     KernelSpec(
         name="positional_conv",
@@ -283,22 +284,12 @@ register(
         },
         differentiable=("x", "weight", "bias"),
         mutants={
-            "tail of the taps lost": Mutant(
-                "conv_kernels.conv_kernel", "range(0, DEPTH, BLOCK_K)", "range(0, DEPTH - BLOCK_K, BLOCK_K)", "ragged"
-            ),
-            "tail of the rows lost": Mutant(
-                "conv_kernels.conv_kernel", "mask=(row < rows)", "mask=(row < rows - 1)", "ragged"
-            ),
-            "bias forgotten": Mutant("conv_kernels.conv_kernel", "if HAS_BIAS", "if False", "two paper groups"),
-            "wrong group": Mutant(
-                "conv_kernels.conv_kernel", "group.to(tl.int64) * group_size", "0", "two paper groups"
-            ),
-            "last row of d_weight lost": Mutant(
-                "conv_kernels.weight_kernel", "mask=(row < rows)", "mask=(row < rows - 1)", "ragged"
-            ),
-            "rows of d_weight lost": Mutant(
-                "conv_kernels.weight_kernel", "range(0, rows, BLOCK_K)", "range(0, 1, BLOCK_K)", "many rows"
-            ),
+            "tail of the taps lost": Mutant(_CONV, "range(0, DEPTH,", "range(0, DEPTH - BLOCK_K,", "ragged"),
+            "tail of the rows lost": Mutant(_CONV, "mask=(row < rows)", "mask=(row < rows - 1)", "ragged"),
+            "bias forgotten": Mutant(_CONV, "if HAS_BIAS", "if False", "two paper groups"),
+            "wrong group": Mutant(_CONV, "group.to(tl.int64) * group_size", "0", "two paper groups"),
+            "last row of d_weight lost": Mutant(_WEIGHT, "mask=(row < rows)", "mask=(row < rows - 1)", "ragged"),
+            "rows of d_weight lost": Mutant(_WEIGHT, "range(0, rows, BLOCK_K)", "range(0, 1, BLOCK_K)", "many rows"),
             "taps not reversed": Mutant("_input_gradient", ".flip(-1)", "", "odd taps"),
             "padding of the output": Mutant(
                 "_input_gradient", "taps - 1 - _before(taps)", "_before(taps)", "many rows"
