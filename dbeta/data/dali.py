@@ -9,7 +9,7 @@ every record of a batch before the first is read, so that a disk sees them toget
 One pipeline serves both forms of a batch (records at 500 Hz stay int16; others become mV at 500 Hz) and both devices.
 """
 
-import mmap
+import os
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -44,8 +44,8 @@ class DaliLoader:
         designs = [filter_table(rate) for rate in rates.tolist()]
         self.tables = [design for design in designs if design is not None]
         self.filters = np.array([self.tables.index(d) if d else -1 for d in designs], np.int32)[which]
-        self.places = corpus.column("shard"), corpus.column("offset")
-        self.maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
+        self.shard, self.offset = corpus.column("shard"), corpus.column("offset")
+        self.maps: dict[int, np.ndarray] = {}
         self.ahead: deque[tuple[np.ndarray, dict[str, int]]] = deque()
         self.state = order.state_dict()
         self.pipeline: Any = None
@@ -104,17 +104,15 @@ class DaliLoader:
 
     def _bytes(self, record: int) -> np.ndarray:
         """A record's samples where they lie in the mapped shard; short if the shard is (the operator says so)."""
-        shard, offset = int(self.places[0][record]), int(self.places[1][record])
-        if shard not in self.maps:
-            with self.corpus.shard_path(shard).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.maps[shard] = mapped, np.frombuffer(mapped, np.uint8)
-        mapped, whole = self.maps[shard]
-        view = whole[offset : offset + 12 * int(self.samples[record]) * int(self.formats[record]) // 8]
-        if len(view):
-            page = offset - offset % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, page, offset - page + len(view))
-        return view
+        shard, offset = int(self.shard[record]), int(self.offset[record])
+        size = 12 * int(self.samples[record]) * int(self.formats[record]) // 8
+        path = self.corpus.shard_path(shard)
+        if shard not in self.maps:  # torch's mapping, unlike mmap's, keeps no file open: a corpus has many shards
+            self.maps[shard] = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+        os.close(file)
+        return self.maps[shard][offset : offset + size]
 
     def _build(self) -> Any:
         from nvidia.dali import fn, pipeline_def, types

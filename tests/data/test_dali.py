@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'dbeta[dali]'")
 
 from dbeta.data.corpus import Corpus
-from dbeta.data.corpus_writer import Plan, write_corpus
+from dbeta.data.corpus_writer import Options, Plan, write_corpus
 from dbeta.data.loader import INVALID, SAMPLES, RawBatch, make_loader
 from dbeta.data.prepare import prepare
 from dbeta.data.records import Record
@@ -40,13 +41,16 @@ def random_record(number: int, rate: float, dtype: type, seconds: float) -> Reco
     )  # fmt: skip
 
 
+def write(records: list[Record], folder) -> Corpus:
+    table = pa.table({"number": np.arange(len(records))})
+    plan = Plan(table=table, read=lambda rows: (records[row["number"]] for row in rows), shuffle=False)
+    write_corpus(plan, Options(source="random"), folder, workers=1)
+    return Corpus.open(folder)
+
+
 def make_corpus(folder, kinds, count) -> Corpus:
     """``count`` records with (rate, dtype, seconds) taken from ``kinds`` in turn."""
-    records = [random_record(i, *kinds[i % len(kinds)]) for i in range(count)]
-    write_corpus(
-        Plan(source="random", tasks=range(count), read=lambda tasks: (records[t] for t in tasks)), folder, workers=1
-    )
-    return Corpus.open(folder)
+    return write([random_record(i, *kinds[i % len(kinds)]) for i in range(count)], folder)
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +240,7 @@ def test_resampling_of_constants_and_tones(tmp_path):
         adc[lead] = np.round(1e8 * np.sin(2 * np.pi * hz * time + 0.3))
     records.append(Record(name="tones", adc=adc, rate_hz=rate, gain=np.full(12, 1e8), baseline=np.zeros(12, np.int32),
                           subject="s", report="r", split="train"))  # fmt: skip
-    plan = Plan(source="tones", tasks=range(len(records)), read=lambda t: (records[i] for i in t), shuffle=False)
-    write_corpus(plan, tmp_path / "corpus", workers=1)
-    corpus = Corpus.open(tmp_path / "corpus")
+    corpus = write(records, tmp_path / "corpus")
     signal = next(
         make_loader(corpus, ids=np.arange(len(corpus)), batch=len(corpus), engine="dali", shuffle=False)
     ).signal
