@@ -20,6 +20,7 @@ from dbeta.data.resample import inputs_for, resample
 from dbeta.runtime import announce
 
 RATE_HZ, SAMPLES = 500, 5000
+ENGINES = ("auto", "dali", "reference")
 INVALID = np.iinfo(np.int16).min  # also fills a short record: exactly 0 mV
 
 
@@ -51,7 +52,7 @@ class RawBatch:
 
 
 class Order:
-    """Which records make up each batch of this rank; its state is two integers.
+    """Which records make up each batch of this rank; its state is a few integers.
 
     Raises:
         ValueError: fewer records than a batch, or a batch that does not divide over the ranks.
@@ -90,12 +91,23 @@ class Order:
         return self._permuted[1]
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch begins."""
-        return {"epoch": self.epoch, "position": self.position}
+        """Where the next batch begins, and of which order."""
+        return {"epoch": self.epoch, "position": self.position, **self._identity}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from ``state_dict``."""
+        """Go on from ``state_dict``.
+
+        Raises:
+            ValueError: the state is that of other records, another batch size or seed.
+        """
+        if other := [name for name, value in self._identity.items() if state.get(name) != value]:
+            had = ", ".join(f"{name} {state.get(name)} (now {self._identity[name]})" for name in other)
+            raise ValueError(f"the loader's state is of another order: {had}; use the same corpus and settings")
         self.epoch, self.position = state["epoch"], state["position"]
+
+    @property
+    def _identity(self) -> dict[str, int]:
+        return {"records": len(self.ids), "batch": self.batch, "seed": self.seed}
 
 
 class ReferenceLoader:
@@ -197,6 +209,8 @@ def make_loader(
     Raises:
         ValueError: too few records, an uneven batch, or an engine that is not here.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"data.engine = {engine!r}; accepted: {', '.join(ENGINES)}")
     ids = corpus.split_ids(split) if ids is None else np.asarray(ids)
     order = Order(ids, batch, seed, shuffle=shuffle, repeat=repeat, rank=rank, world=world)
     if engine != "reference":
