@@ -21,12 +21,12 @@ LOSSES = ("total", "mlm", "mem", "etm", "ets")
 COUNTERS = ("etm_correct", "mlm_correct", "mlm_count")
 
 
-def prompts_for(corpus: Corpus) -> dict[str, str]:
-    """Zero-shot prompts by label, for corpora whose labels are classes as they stand."""
+def prompts_for(corpus: Corpus) -> dict[str, tuple[str, ...]]:
+    """Zero-shot prompts by label, for corpora whose labels are classes as they stand; held-out paraphrases."""
     if corpus.source == "synthetic":
-        from dbeta.data.synthetic import zero_shot_prompts
+        from dbeta.data.synthetic import PROMPTS
 
-        return zero_shot_prompts()
+        return PROMPTS
     return {}
 
 
@@ -77,7 +77,8 @@ class Validator:
         metrics |= retrieval(features, torch.cat(text).cpu(), torch.cat(reports).cpu())
         metrics["score"] = -metrics["total"]
         if self.names:
-            prompts = self.model.encode_text(self.prompts).cpu()
+            # A class is the mean of its paraphrases (prompt ensembling).
+            prompts = torch.stack([self.model.encode_text(texts).mean(0) for texts in self.prompts]).cpu()
             table = auc_table(features, prompts, self.targets, self.names, bootstrap=0)
             metrics["zero_shot_auc"] = metrics["score"] = table.macro
             self.per_class = table.per_class

@@ -90,7 +90,7 @@ def draw_rhythm(severity: ndarray, draws: Draws) -> Rhythm:
     # Extrasystoles come early and are followed by a pause; the one nearest a time within the record is certain.
     first = -1.5 + draws.uniform() * interval
     certain = np.abs(first[:, None] + np.cumsum(rr, 1) - draws.uniform(2, 8)[:, None]).argmin(1)
-    early = draws.many(MAX_BEATS) < (0.04 + 0.30 * pvc)[:, None]
+    early = draws.many(MAX_BEATS) < (0.10 + 0.28 * pvc)[:, None]
     early[:, 1:] &= ~early[:, :-1]
     early[np.arange(n), certain] = True
     early[np.arange(n), certain + 1] = early[np.arange(n), certain - 1] = False
@@ -150,8 +150,9 @@ def beat_waves(
     is_right, is_left, is_inverted = (right > 0) * 1.0, (left > 0) * 1.0, (of["TINV"] > 0) * 1.0
     slow = np.cbrt(rhythm.interval / 0.8)  # Fridericia
     low = np.where(of["LVOLT"] > 0, 0.52 - 0.27 * of["LVOLT"], 1.0)
-    tall = np.where(hypertrophy > 0, 1.4 + 0.6 * hypertrophy, 1.0)
-    qrs, soft = anatomy.voltage * low * tall, low**0.7
+    tall = np.where(hypertrophy > 0, 1.6 + 0.9 * hypertrophy, 1.0)
+    # P and T shrink less than QRS: the encoder normalises each channel, so only ratios tell low voltage apart.
+    qrs, soft = anatomy.voltage * low * tall, low**0.25
 
     def point(*xyz: float | ndarray) -> ndarray:
         return np.stack([np.broadcast_to(axis, slow.shape) for axis in xyz], 1)
@@ -161,7 +162,7 @@ def beat_waves(
 
     # P: right atrium, then left.
     pr = np.minimum(anatomy.pr * slow**0.7, 0.192)
-    pr = np.where(of["1AVB"] > 0, np.clip(0.222 + 0.13 * of["1AVB"], 0.215, 0.65 * rhythm.interval), pr)
+    pr = np.where(of["1AVB"] > 0, np.clip(0.235 + 0.14 * of["1AVB"], 0.215, 0.65 * rhythm.interval), pr)
     p_wave = (anatomy.p_wave * soft)[:, None]
     onset = -0.042 * anatomy.qrs - pr
     atria = [
