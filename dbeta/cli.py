@@ -94,5 +94,20 @@ def negatives(corpus, encoder, k, device, engine, remedy):
     negatives(corpus, encoder=encoder, k=k, device=device, engine=engine, remedy=remedy)
 
 
+@main.command("import-checkpoint")
+@click.argument("released", type=FOLDER)
+@click.option("--config", type=FOLDER, help="The released JSON configuration, where the file carries none.")
+@click.option("--lead-order", type=click.Choice(["canonical", "mimic"]), default="canonical", help="Of its ECGs.")
+@click.option("--out", type=FOLDER, required=True, help="Model folder to write.")
+def import_checkpoint(released, config, lead_order, out):
+    """Turn a checkpoint of the authors' release into a model folder."""
+    from dbeta.models.released import import_checkpoint
+
+    model = import_checkpoint(released, config, lead_order=lead_order)
+    model.save_pretrained(out)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    click.echo(f"{out}: {count:,} parameters, {len(model.state_dict())} tensors mapped from {released}", err=True)
+
+
 if __name__ == "__main__":
     main()

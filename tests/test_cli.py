@@ -13,6 +13,7 @@ OPTIONS = {
         "--preset", "--data", "--out", "--resume", "--compile", "--device", "--seed", "--set", "--show-examples",
     },
     "prepare": {"--out", "--workers", "--limit", "--seed", "--cleaning"},
+    "import-checkpoint": {"--config", "--lead-order", "--out"},
     "negatives": {"--encoder", "--k", "--device", "--engine", "--remedy"},
 }  # fmt: skip
 
