@@ -127,7 +127,8 @@ class _claimed:
         out, mark = self.out, self.parts / "options.json"
         if (out / "corpus.json").exists():
             raise ValueError(f"--out {out} is already a corpus; choose another folder or delete it first")
-        if out.is_dir() and any(out.iterdir()):
+        begun = {path.relative_to(out).as_posix() for path in out.rglob("*")} if out.is_dir() else set()
+        if not begun <= {BUILDING, f"{BUILDING}/.options.json"}:  # else a preparation was killed in its first moment
             if not mark.is_file():
                 raise ValueError(f"--out {out} is not empty and not an unfinished corpus; choose another folder")
             held = json.loads(mark.read_text())
@@ -138,8 +139,8 @@ class _claimed:
                 )
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
-            (out / "shards").mkdir(exist_ok=True)
             write_whole(mark, json.dumps(self.wanted))
+            (out / "shards").mkdir(exist_ok=True)
             self.lock = (self.parts / "lock").open("w")
         except OSError as error:
             raise ValueError(f"--out {out} cannot be written: {error}") from None
