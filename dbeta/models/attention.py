@@ -13,6 +13,7 @@ Back-ends (``runtime.attention``):
 T5's learned bias, and every call in float32, goes through ``sdpa`` under all but ``reference``.
 """
 
+import contextlib
 import importlib.util
 import math
 from typing import NamedTuple
@@ -158,13 +159,20 @@ def attend(
         bias = key_rows.mask[:, None, None, :]
     if backend == "reference" or (dropout and not q.is_cuda):  # no CPU kernel has dropout: the formula beats its detour
         out = _written_out(q, k, v, bias, scale, dropout)
-    elif backend == "sdpa-flash" and bias is None and (half or (not q.is_cuda and not dropout)):
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scale)
+        with _pinned(backend, half or not q.is_cuda, bias is not None):
+            out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scale)
     out = out.transpose(1, 2)
     return out if rows is None else rows.pack(out)
+
+
+def _pinned(backend: str, flash: bool, biased: bool) -> contextlib.AbstractContextManager:
+    """The kernels that PyTorch may choose from for one call."""
+    if backend == "sdpa-flash" and flash and not biased:
+        return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    if torch.are_deterministic_algorithms_enabled():  # the memory-efficient kernel adds gradients in any order
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+    return contextlib.nullcontext()
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:
@@ -180,8 +188,9 @@ def _flash_package(
     """FlashAttention-2 on packed sequences; filler rows at the end of a packed tensor become sequences of their own."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+    deterministic = torch.are_deterministic_algorithms_enabled()
     if rows is None and key_rows is None:
-        return flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale)
+        return flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale, deterministic=deterministic)
     if rows is not None and not rows.ordered:  # a grid of queries needs no packing, only keys do
         q = rows.unpack(q)
     if key_rows is not None and not key_rows.ordered:
@@ -201,8 +210,9 @@ def _flash_package(
     v = v if _is_packed(key_rows) else v.flatten(0, 1)
     (q_ends, q_longest), (k_ends, k_longest) = sizes
     out = flash_attn_varlen_func(
-        flat[0], flat[1], v, q_ends, k_ends, q_longest, k_longest, dropout_p=dropout, softmax_scale=scale
-    )
+        flat[0], flat[1], v, q_ends, k_ends, q_longest, k_longest,
+        dropout_p=dropout, softmax_scale=scale, deterministic=deterministic,
+    )  # fmt: skip
     if _is_packed(rows):
         return out
     out = out.unflatten(0, q.shape[:2])

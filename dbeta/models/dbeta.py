@@ -123,7 +123,9 @@ class DBeta(nn.Module):
     ) -> Outputs:
         """Both encoders, the fusion and the heads.
 
-        With ``runtime.removals`` nothing is computed that no output reads, and what is read is the same.
+        With ``runtime.removals`` nothing is computed that no output reads, and what is read is the same. Dropout masks
+        are drawn for what is computed: with dropout 0 a run with and one without agree to rounding, with dropout they
+        are two draws of the same distribution.
 
         Args:
             ecg: float [B, C, L] mV, leads possibly masked.

@@ -61,6 +61,26 @@ def test_every_switch(network_change, loss_change):
     assert_same(losses_and_gradients(config, RuntimeConfig(), loss, lengths=lengths, text_tokens=50), expected)
 
 
+def test_training_curves_agree():
+    """15 float32 updates without dropout: the same losses to rounding."""
+    curves = []
+    for runtime, tokens in ((DENSE, None), (RuntimeConfig(), 50)):
+        model, batch = network(SMALL, runtime).float(), batch_of(SMALL, lengths=(9, 1, 40), text_tokens=tokens)
+        for name in ("ecg", "signal", "mean", "rstd"):
+            setattr(batch, name, getattr(batch, name).float())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        curve = []
+        for _ in range(15):
+            losses = pretraining_losses(model, batch, LossConfig())
+            optimizer.zero_grad()
+            losses.total.backward()
+            optimizer.step()
+            curve.append(losses.total.detach())
+        curves.append(torch.stack(curve))
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [True, False])
 def test_outputs(masked):

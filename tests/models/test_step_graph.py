@@ -1,5 +1,7 @@
 """The forward pass, its losses and their gradients as a graph: no host synchronisation, no graph break."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,9 +50,10 @@ def test_one_graph(backend):
     """fullgraph=True raises at a graph break; losses and gradients are those of the eager step."""
     results = []
     compiled = torch.compile(pretraining_losses, fullgraph=True, backend=backend)
+    config = dataclasses.replace(SMALL, ecg_layers=1, text_layers=1, fusion_layers=2, mem_layers=1)
     for step in (pretraining_losses, compiled):
         torch._dynamo.reset()
-        model, batch = network(SMALL, RuntimeConfig()), batch_of(SMALL, text_tokens=TOKENS + 8)
+        model, batch = network(config, RuntimeConfig()), batch_of(config, text_tokens=TOKENS + 8)
         losses = step(model, batch, LossConfig())
         losses.total.backward()
         results.append([losses.total, *(p.grad for p in model.parameters())])
