@@ -27,9 +27,10 @@ TARGET = GPUTarget("cuda", 90, 32)
 MEASURES = ("registers", "spill_bytes", "shared_bytes", "wgmma")
 
 
-def configurations() -> dict[str, tuple[KernelSpec, AotConfig]]:
-    """Every configuration in the registry, named ``operator/configuration``."""
-    return {f"{name}/{key}": (spec, config) for name, spec in specs().items() for key, config in spec.aot.items()}
+def configurations(slow: bool = True) -> dict[str, tuple[KernelSpec, AotConfig]]:
+    """The registry's configurations, named ``operator/configuration``; without ``slow`` only the paper's sizes."""
+    every = {f"{name}/{key}": (spec, config) for name, spec in specs().items() for key, config in spec.aot.items()}
+    return {name: (spec, config) for name, (spec, config) in every.items() if slow or not config.slow}
 
 
 def budgets() -> dict[str, dict[str, int]]:
@@ -37,8 +38,8 @@ def budgets() -> dict[str, dict[str, int]]:
     return json.loads(BUDGETS.read_text()).get(triton.__version__, {})
 
 
-def compile_all(workers: int | None = None) -> dict[str, dict[str, int]]:
-    """Compile all configurations in parallel processes and measure them.
+def compile_all(slow: bool = True, workers: int | None = None) -> dict[str, dict[str, int]]:
+    """Compile ``configurations(slow)`` in parallel processes and measure them.
 
     Returns:
         name -> the four ``MEASURES``.
@@ -50,7 +51,7 @@ def compile_all(workers: int | None = None) -> dict[str, dict[str, int]]:
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "dbeta_kernels.aot", "--share", str(i), str(workers)],
+            [sys.executable, "-m", "dbeta_kernels.aot", "--share", str(i), str(workers), *["--slow"] * slow],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(workers)
@@ -116,10 +117,11 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Compile every tuned configuration for sm_90 and print its resources.")
     parser.add_argument("--write", action="store_true", help="replace this Triton version's part of budgets.json")
     parser.add_argument("--share", nargs=2, type=int, metavar=("I", "N"), help="only every N-th from I, as JSON")
+    parser.add_argument("--slow", action="store_true", help="with --share: also what is not of the paper's sizes")
     arguments = parser.parse_args()
     if arguments.share:
         first, step = arguments.share
-        mine = list(configurations().items())[first::step]
+        mine = list(configurations(arguments.slow).items())[first::step]
         print(json.dumps({name: compile_one(spec, config) for name, (spec, config) in mine}))
         return
     measured = compile_all()

@@ -128,22 +128,8 @@ def _ets_loss(
     sweep = {"small": ets_kernels.small, "large": ets_kernels.large, "chunked": _chunked}[form]
     scale, bias = scale_value if scale is None else scale, bias_value if bias is None else bias
     with torch.autocast(ecg.device.type, enabled=False):  # it would reach into the products of the sweep
-        return sweep(
-            Pairs(
-                ecg,
-                text,
-                aligned,
-                scale,
-                bias,
-                ecg_reports,
-                text_reports,
-                same_report,
-                offset,
-                diagonal,
-                inverse,
-                gradients,
-            )
-        )
+        pairs = (ecg, text, aligned, scale, bias, ecg_reports, text_reports, same_report, offset, diagonal)
+        return sweep(Pairs(*pairs, inverse, gradients))
 
 
 @_ets_loss.register_fake
@@ -258,9 +244,12 @@ def _validate(ecg, text, aligned, ecg_reports, text_reports, same_report, reduct
         raise ValueError(f"ets_loss: ecg {shape(ecg)} and text {shape(text)}: at least one row and one channel")
     if aligned.shape != ecg.shape[:1] or aligned.dtype != torch.bool:
         raise ValueError(f"ets_loss: aligned {shape(aligned)} must be bool ({len(ecg)},)")
-    for name, ids, count in (("ecg_reports", ecg_reports, len(ecg)), ("text_reports", text_reports, len(text))):
-        if (ecg_reports is None) != (text_reports is None) or (ids is not None and ids.shape != (count,)):
-            raise ValueError(f"ets_loss: {name} {shape(ids)} must be int ({count},); give both report ids or neither")
+    given = [None if ids is None else tuple(ids.shape) for ids in (ecg_reports, text_reports)]
+    if given not in ([None, None], [(len(ecg),), (len(text),)]):
+        raise ValueError(
+            f"ets_loss: ecg_reports {shape(ecg_reports)} and text_reports {shape(text_reports)} must be int "
+            f"({len(ecg)},) and ({len(text)},), or neither be given"
+        )
     if same_report not in SAME_REPORT or reduction not in ("batch", "mean"):
         raise ValueError(
             f"ets_loss: same_report={same_report!r}, reduction={reduction!r}; accepted are "
