@@ -87,6 +87,7 @@ def read_sph(path: Path) -> Raw:
     """SPH: HDF5 ``ecg`` float16 [12, L] in mV at 500 Hz."""
     import h5py
 
+    _must_exist(path)
     try:
         with h5py.File(path) as file:
             return from_float(file["ecg"][:], 500.0)
@@ -124,7 +125,13 @@ def load_mat(path: Path) -> dict:
     """
     import scipy.io
 
+    _must_exist(path)
     try:
         return scipy.io.loadmat(path)
     except Exception as error:  # scipy raises whatever a damaged file provokes
         raise ValueError(f"not a MATLAB file: {type(error).__name__} {error}") from None
+
+
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"missing signal file: {path.name}")
