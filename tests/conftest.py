@@ -16,6 +16,12 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _announce_again(monkeypatch):
+    """What a process says once, each test may hear."""
+    monkeypatch.setattr("dbeta.runtime._announced", set())
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
