@@ -1,6 +1,7 @@
 # make pretrain      train the smoke preset on the built-in synthetic corpus (CPU, minutes)
 # make test          all tests that run on two cores in minutes        make test-slow   the long ones
 # make bench         every benchmark this machine can run              make lint        ruff
+# The kernel tests have a run of their own: Triton's interpreter is chosen once per process.
 # Each target makes .venv and installs what it needs; a second run finds it done.
 
 PYTHON ?= python3
@@ -15,10 +16,12 @@ pretrain: $(VENV)/base
 	$(BIN)/dbeta-pretrain --preset smoke $(ARGS)
 
 test: $(VENV)/full
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/kernels $(ARGS)
+	$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 test-slow: $(VENV)/full
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/kernels -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest tests/kernels -m "slow and not gpu" $(ARGS)
 
 bench: $(VENV)/full
 	$(BIN)/dbeta-bench all $(ARGS)
