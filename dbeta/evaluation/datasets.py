@@ -67,11 +67,15 @@ def count_notes(labels: LabelSet, rows: dict[str, Rows]) -> list[str]:
     ]
 
 
-def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None) -> Dataset:
+def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None, *, derive: bool = False) -> Dataset:
     """The records of a corpus that belong to a label set, in three splits that no patient crosses.
 
-    The published split is used where ``splits`` is given and none of its parts is empty for the records present;
-    else the corpus's own split; else one by patient. Which one it was is stated in ``origin``.
+    The published split is used where ``splits`` is given and none of its parts is empty for the records present; else
+    the corpus's own, whose training records a model may have been pre-trained on: where it has no test part, half of
+    the validation patients are tested; else a split by patient. Which one it was is stated in ``origin``.
+
+    Args:
+        derive: make a split by patient whatever the corpus's own is. Only for a corpus that the model never saw.
 
     Raises:
         ValueError: no record of the corpus belongs to the set.
@@ -87,7 +91,7 @@ def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None)
         if all(len(rows) for rows in matched.values()):
             return Dataset(labels=labels, splits=matched, origin="published", notes=tuple(notes))
         empty = ", ".join(split for split, rows in matched.items() if not len(rows))
-        notes.append(f"{labels.title}: the published split is empty in {empty} here; a split by patient is derived")
+        notes.append(f"{labels.title}: the published split is empty in {empty} here; another one by patient is used")
     rows = _corpus_rows(labels, corpus)
     if not len(rows):
         raise ValueError(f"{corpus.path} ({corpus.source}) holds no record with a label of {labels.key}")
@@ -95,9 +99,8 @@ def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None)
         parts, origin = ["test"] * len(rows), "published"  # a pure test set
         notes += count_notes(labels, {"train": (), "validation": (), "test": rows})
     else:
-        parts, origin = [str(part) for part in corpus.column("split", rows.records)], "corpus"
-        if set(SPLITS) - set(parts):
-            parts, origin = derive_split(rows.groups), "derived by patient"
+        own = [str(part) for part in corpus.column("split", rows.records)]
+        parts, origin = derive_split(rows.groups) if derive else own_split(own, rows.groups)
     member = np.array(parts)
     return Dataset(
         labels=labels, origin=origin, notes=tuple(notes),
@@ -105,20 +108,36 @@ def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None)
     )  # fmt: skip
 
 
-def derive_split(groups: list[str], seed: int = 42) -> list[str]:
-    """A split for each row, 70/10/20 % of the patients in the order of a seeded hash, at least one patient in each.
+def own_split(own: list[str], groups: list[str]) -> tuple[list[str], str]:
+    """The corpus's split of these rows, made whole where a part is missing, and its origin."""
+    held_out = sorted({group for part, group in zip(own, groups) if part != "train"}, key=_hash)
+    if set(own) == set(SPLITS):
+        return own, "corpus"
+    if "train" not in own or len(held_out) < 2:
+        return derive_split(groups)
+    tested = set(held_out[::2])
+    halved = ["train" if p == "train" else "test" if g in tested else "validation" for p, g in zip(own, groups)]
+    return halved, "corpus, its held-out patients halved"
+
+
+def derive_split(groups: list[str], seed: int = 42) -> tuple[list[str], str]:
+    """A split for each row, and its name: 70/10/20 % of the patients by seeded hash, at least one in each.
 
     Raises:
         ValueError: fewer than three patients.
     """
-    patients = sorted(set(groups), key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
+    patients = sorted(set(groups), key=lambda patient: _hash(patient, seed))
     if len(patients) < 3:
         raise ValueError(f"{len(patients)} patients cannot be split into train, validation and test; three are needed")
     test = max(1, round(SHARES["test"] * len(patients)))
     validation = max(1, round(SHARES["validation"] * len(patients)))
     part = dict.fromkeys(patients, "train")
     part |= dict.fromkeys(patients[:test], "test") | dict.fromkeys(patients[test : test + validation], "validation")
-    return [part[group] for group in groups]
+    return [part[group] for group in groups], "derived by patient"
+
+
+def _hash(patient: str, seed: int = 42) -> bytes:
+    return hashlib.sha256(f"{seed} {patient}".encode()).digest()
 
 
 def record_stem(name: str) -> str:

@@ -1,7 +1,6 @@
 """Frozen features, extracted once: tanh-pooled, projected CLS (paper 3.2), cached by model and corpus checksums."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 
 from dbeta.evaluation.progress import track
-from dbeta.evaluation.signals import keep_leads, windows
+from dbeta.evaluation.signals import corpus_checksum, keep_leads, windows
 
 if TYPE_CHECKING:
     from dbeta.data.corpus import Corpus
@@ -25,11 +24,6 @@ def model_checksum(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def corpus_checksum(corpus: "Corpus") -> str:
-    """sha256 of what identifies a corpus's content: its shards' checksums."""
-    return hashlib.sha256(json.dumps(corpus.info["shards"], sort_keys=True).encode()).hexdigest()
 
 
 class FeatureCache:

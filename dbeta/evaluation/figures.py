@@ -4,13 +4,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dbeta.data.records import LEADS
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from dbeta.evaluation.metrics import AucTable
+    from dbeta.evaluation.results import Result
+
 PAPER, FINE, BOLD, INK = "#fff6f4", "#f8d3ce", "#ec9f97", "#1a1a1a"
 GRID = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"))  # the usual 3 x 4 print
-LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 SPEED, SCALE = 25.0, 10.0  # mm per second, mm per mV
 ROW, LEFT, EDGE = 25.0, 12.5, 5.0  # mm: height of a row, room for the calibration pulse, margin
 
@@ -79,3 +85,104 @@ def _paper(ax: "Axes", width: float, height: float) -> None:
 def _calibration(ax: "Axes", middle: float) -> None:
     x = np.array([2.5, 3.75, 3.75, 8.75, 8.75, 10.0])
     ax.plot(x, middle + np.array([0, 0, SCALE, SCALE, 0, 0]), color=INK, linewidth=0.7)
+
+
+def draw_roc(scores: np.ndarray, targets: np.ndarray, table: "AucTable", *, title: str = "") -> "Figure":
+    """ROC curve of each measured class, best AUC first.
+
+    Args:
+        scores: float [N, C].
+        targets: bool [N, C], columns in the order of ``table.positives``.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    names = list(table.positives)
+    ranked = sorted(table.per_class, key=table.per_class.get, reverse=True)
+    figure = Figure(figsize=(6.5 + 2.4 * (1 + len(ranked) // 24), 6.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=":")
+    for place, name in enumerate(ranked):
+        column = names.index(name)
+        order = np.argsort(-scores[:, column], kind="stable")
+        hit, ends = targets[order, column], np.flatnonzero(np.diff(scores[order, column], append=-np.inf))
+        rise, run = (np.r_[0, np.cumsum(part)[ends] / part.sum()] for part in (hit, ~hit))
+        label = f"{name}  {table.per_class[name]:.3f}  ({table.positives[name]})"
+        axis.plot(run, rise, linewidth=1.2, color=colormaps["turbo"](place / max(len(ranked), 1)), label=label)
+    axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(
+        f"{title}: macro AUC {table.macro:.3f} [{table.interval[0]:.3f}, {table.interval[1]:.3f}]", fontsize=10
+    )
+    if ranked:
+        figure.legend(loc="outside right upper", fontsize=7, ncols=1 + len(ranked) // 24, frameon=False,
+                      title="class  AUC  (positives)", title_fontsize=7)  # fmt: skip
+    return figure
+
+
+def draw_results(results: "Sequence[Result]") -> "Figure":
+    """Our figures with their intervals beside the paper's; what was not run is left out."""
+    from matplotlib.figure import Figure
+
+    shown = [r for r in results if r.value is not None and (r.fraction is None or r.seed is None)]
+    figure = Figure(figsize=(8, 1.2 + 0.26 * max(len(shown), 1)), layout="constrained")
+    axis = figure.subplots()
+    for row, result in enumerate(shown):
+        if result.low is not None:
+            axis.plot([100 * result.low, 100 * result.high], [row, row], color="#1f4e79", linewidth=1.4)
+        axis.plot(
+            100 * result.value, row, "o", color="#1f4e79", markersize=4.5, label="ours, 95 %" if not row else None
+        )
+        if result.paper is not None:
+            axis.plot(100 * result.paper[1], row, "D", color="none", markeredgecolor="#c0392b", markersize=5)
+    axis.plot([], [], "D", color="none", markeredgecolor="#c0392b", markersize=5, label="paper")
+    names = [f"{r.task}  {r.title}  {r.leads}" + (f"  {100 * r.fraction:g} %" if r.fraction else "") for r in shown]
+    axis.set_yticks(range(len(shown)), names, fontsize=7)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("per cent (macro AUC, CinC 2021 score or top-1 accuracy)", fontsize=8)
+    axis.legend(frameon=False, fontsize=8)
+    notes = {r.note.split(";")[0] for r in shown if "meaningless" in r.note}
+    if notes:
+        axis.set_title("; ".join(sorted(notes)), fontsize=8, color="#c0392b")
+    return figure
+
+
+def draw_tsne(
+    features: np.ndarray,
+    targets: np.ndarray,
+    names: "Sequence[str]",
+    *,
+    least: int = 50,
+    seed: int = 0,
+    title: str = "",
+) -> "Figure":
+    """t-SNE of test features by category (Fig. 3): records of exactly one category, categories of ``least`` or more.
+
+    Args:
+        features: float [N, D].
+        targets: bool [N, C].
+
+    Raises:
+        ValueError: no category is left.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    single = targets.sum(1) == 1
+    kept = [column for column in range(targets.shape[1]) if (targets[:, column] & single).sum() >= least]
+    rows = np.flatnonzero(single & targets[:, kept].any(1))
+    if len(kept) < 1 or len(rows) < 4:
+        raise ValueError(f"t-SNE: no category has {least} records of its own; use a lower limit")
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features[rows])
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axis = figure.subplots()
+    for place, column in enumerate(kept):
+        mine = points[targets[rows, column]]
+        colour = colormaps["tab20"](place % 20)
+        axis.scatter(*mine.T, s=7, color=colour, label=f"{names[column]} ({len(mine)})", linewidths=0)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=10)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, markerscale=2)
+    return figure

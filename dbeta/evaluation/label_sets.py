@@ -64,7 +64,7 @@ def label_set(key: str, *, labels: str = "merl") -> LabelSet:
     names = {**entry["names"], **(entry["clean_names"] if clean else {})}
     codes = entry.get("codes", {})
     return LabelSet(
-        key=key,
+        key=f"{key}-clean" if clean else key,
         title=entry["title"] + (" (clean labels)" if clean else ""),
         sources=tuple(entry["sources"]),
         names=names,

@@ -19,20 +19,22 @@ def descriptions() -> dict[str, str]:
     return tomllib.loads(resources.files("dbeta.evaluation").joinpath("descriptions.toml").read_text())
 
 
-def load_prompts(labels: LabelSet, source: str = "descriptions") -> dict[str, str]:
-    """One lower-case text per class, in the order of the set.
+def load_prompts(labels: LabelSet, source: str = "descriptions") -> dict[str, tuple[str, ...]]:
+    """Lower-case texts per class, in the order of the set; a class of several texts is the mean of their features.
+
+    Ours has one each (the synthetic corpus: its held-out paraphrases).
 
     Args:
         source: ``descriptions`` (ours), ``names`` (the category name alone, the paper's ablations), or a JSON file:
-            {label: text}, or {set: {label: text}} for several sets.
+            {label: text or list of texts}, or {set: {label: ...}} for several sets.
 
     Raises:
         ValueError: the file cannot be read as that, or leaves a class of the set out.
     """
     if labels.key == "synthetic" and source in ("descriptions", "names"):
-        from dbeta.data.synthetic import zero_shot_prompts
+        from dbeta.data.synthetic import PROMPTS
 
-        texts = zero_shot_prompts()
+        texts = PROMPTS
     elif source == "descriptions":
         texts = {label: f"{name}: {descriptions()[name]}" for label, name in labels.names.items()}
     elif source == "names":
@@ -40,17 +42,24 @@ def load_prompts(labels: LabelSet, source: str = "descriptions") -> dict[str, st
     else:
         texts = _read(Path(source))
         texts = texts.get(labels.key, texts)
-    missing = [label for label in labels.labels if not isinstance(texts.get(label), str)]
+    found = {label: _texts(texts.get(label)) for label in labels.labels}
+    missing = [label for label, those in found.items() if not those]
     if missing:
         raise ValueError(
             f"prompts {source}: no text for {', '.join(missing)} of {labels.key}; give one for every class"
         )
-    return {label: texts[label].lower() for label in labels.labels}
+    return found
 
 
-def prompts_for(corpus: "Corpus") -> dict[str, str]:
-    """Corpus label -> description, for every label of the corpus that some label set names; the finest set wins."""
-    found: dict[str, str] = {}
+def _texts(given: object) -> tuple[str, ...]:
+    """One text or several, lower-case; nothing if it is neither."""
+    several = [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []
+    return tuple(text.lower() for text in several) if all(isinstance(text, str) for text in several) else ()
+
+
+def prompts_for(corpus: "Corpus") -> dict[str, tuple[str, ...]]:
+    """Corpus label -> texts, for every label of the corpus that some label set names; the finest set wins."""
+    found: dict[str, tuple[str, ...]] = {}
     for labels in sets_for(corpus.source, list(corpus.labels)):
         texts = load_prompts(labels)
         found |= {code: texts[label] for label, codes in labels.codes.items() for code in codes}

@@ -1,5 +1,7 @@
 """ECGs of a corpus in mV for evaluation: windows, segments, and the five lead sets of Table 1."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +101,7 @@ class SegmentStore:
         from dbeta.data.tables import load_arrays, save_arrays
 
         samples = round(window_s * RATE_HZ)
-        wanted = {"records": _fingerprint(records), "samples": samples}
+        wanted = {"corpus": corpus_checksum(corpus), "records": _fingerprint(records), "samples": samples}
         index = path.with_suffix(".npz")
         if index.is_file() and path.is_file():
             arrays, metadata = load_arrays(index, ("record", "start"))
@@ -122,7 +124,10 @@ class SegmentStore:
         return cls(path, record, start, samples)
 
 
-def _fingerprint(records: np.ndarray) -> str:
-    import hashlib
+def corpus_checksum(corpus: "Corpus") -> str:
+    """sha256 of what identifies a corpus's content: its shards' checksums."""
+    return hashlib.sha256(json.dumps(corpus.info["shards"], sort_keys=True).encode()).hexdigest()
 
+
+def _fingerprint(records: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(records, np.int64).tobytes()).hexdigest()

@@ -17,7 +17,7 @@ SETS = [label_set(key, labels="clean") for key in all_label_sets()]
 def test_every_label_has_its_own_description(labels):
     texts = load_prompts(labels)
     assert list(texts) == list(labels.labels) and len(set(texts.values())) == len(texts)
-    for label, text in texts.items():
+    for label, (text,) in texts.items():
         assert text.startswith(labels.names[label]) and text == text.lower()
         assert 8 <= len(text.split()) <= 60, text  # well below the 254 tokens a text may have
 
@@ -67,10 +67,12 @@ def test_names_agree_with_the_challenge_table(shared):
 
 def test_bare_names_and_files(tmp_path):
     labels = label_set("ptbxl-super")
-    assert load_prompts(labels, "names")["CD"] == "conduction disturbance"
+    assert load_prompts(labels, "names")["CD"] == ("conduction disturbance",)
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"ptbxl-super": {label: f"My {label}" for label in labels.labels}}))
-    assert load_prompts(labels, str(file))["MI"] == "my mi"
+    assert load_prompts(labels, str(file))["MI"] == ("my mi",)
+    file.write_text(json.dumps({label: ["One", "Two"] for label in labels.labels}))
+    assert load_prompts(labels, str(file))["MI"] == ("one", "two")
     file.write_text(json.dumps({"NORM": "a", "MI": "b"}))
     with pytest.raises(ValueError, match="no text for STTC, CD, HYP"):
         load_prompts(labels, str(file))
@@ -82,7 +84,7 @@ def test_bare_names_and_files(tmp_path):
 def test_prompts_of_a_corpus_are_by_its_own_labels():
     corpus = FakeCorpus("ptb-xl", ["1", "2"], [["ASMI", "SR"], ["XYZ"]])
     texts = prompts_for(corpus)
-    assert list(texts) == ["ASMI", "SR"] and texts["ASMI"].startswith("anterior myocardial infarction")
+    assert list(texts) == ["ASMI", "SR"] and texts["ASMI"][0].startswith("anterior myocardial infarction")
     assert prompts_for(FakeCorpus("mimic-iv-ecg", ["1"], [[]])) == {}
 
 
@@ -90,4 +92,4 @@ def test_synthetic_prompts_are_the_held_out_ones():
     from dbeta.data.synthetic import LABELS
 
     corpus = FakeCorpus("synthetic", ["1"], [list(LABELS)])
-    assert set(prompts_for(corpus)) == set(LABELS)
+    assert {label: len(texts) for label, texts in prompts_for(corpus).items()} == dict.fromkeys(LABELS, 3)
