@@ -169,7 +169,8 @@ class WfdbDecode : public dali::StatelessOperator<Backend> {
 namespace dali {
 
 DALI_SCHEMA(WfdbDecode)
-    .DocStr("Decodes WFDB signal files to [leads, length]: float32 mV = (code - baseline) / gain, resampled on request, or codes.")
+    .DocStr("Decodes WFDB signal files to [leads, length]: float32 mV = (code - baseline) / gain, resampled on request, or "
+            "codes.")
     .NumInput(1, 3)
     .NumOutput(1)
     .InputDox(0, "data", "uint8 [bytes]", "a whole signal file")

@@ -21,7 +21,8 @@ constexpr int kTile = 512;               // output samples of a block, fewer whe
 constexpr int64_t kShared = 100 * 1024;  // two blocks per SM on Hopper
 
 void require(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("wfdb_decode: ") + what + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("wfdb_decode: ") + what + ": " + cudaGetErrorString(status));
 }
 
 // mV for float output, codes otherwise; both take four bytes.
@@ -41,12 +42,16 @@ __device__ void stage(const Source& s, const Window& window, int64_t first, int 
   const uint8_t* bytes = s.bytes + s.offset;
   if constexpr (F::differences) {
     // All differences before the tile are summed by the block, those inside it by one thread per lead.
-    for (int lead = threadIdx.x; lead < s.leads; lead += kThreads) before[lead] = static_cast<uint32_t>(s.initial[lead]);
+    for (int lead = threadIdx.x; lead < s.leads; lead += kThreads) {
+      before[lead] = static_cast<uint32_t>(s.initial[lead]);
+    }
     __syncthreads();
     for (int lead = 0; lead < s.leads; ++lead) {
       uint32_t sum = 0;
       const int64_t end = min(first + s.skew[lead], s.samples);
-      for (int64_t t = threadIdx.x; t < end; t += kThreads) sum += static_cast<uint32_t>(F::at(bytes, position(s, lead, t)));
+      for (int64_t t = threadIdx.x; t < end; t += kThreads) {
+        sum += static_cast<uint32_t>(F::at(bytes, position(s, lead, t)));
+      }
       atomicAdd(&before[lead], sum);
     }
     __syncthreads();
@@ -155,7 +160,8 @@ void launch(const std::vector<Task<T>>& tasks, void* raw_stream) {
     Task<T>* device = nullptr;
     require(cudaMallocAsync(reinterpret_cast<void**>(&device), count * sizeof(Task<T>), stream), "task memory");
     // From pageable memory: the tasks have left `tasks` when the call returns.
-    require(cudaMemcpyAsync(device, tasks.data() + at, count * sizeof(Task<T>), cudaMemcpyHostToDevice, stream), "tasks");
+    require(cudaMemcpyAsync(device, tasks.data() + at, count * sizeof(Task<T>), cudaMemcpyHostToDevice, stream),
+            "tasks");
     void* arguments[] = {&device, &tile, &span};
     require(cudaLaunchKernel(decode_tile<T>, dim3(tiles, static_cast<unsigned>(count)), dim3(kThreads), arguments,
                              static_cast<size_t>(bytes), stream), "launch");

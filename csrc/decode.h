@@ -10,8 +10,8 @@
 namespace dbeta {
 
 // Throws std::invalid_argument, naming the record, unless the format is known and the file is exactly as long as its
-// header says (a last group of packed samples may be whole or cut after its last sample), gains are finite and non-zero,
-// and skews and window lie within the record.
+// header says (a last group of packed samples may be whole or cut after its last sample), gains are finite and not 0, and
+// skews and window lie within the record.
 void check(const Source& source, const Filter& filter, const Window& window, const std::string& record);
 
 // Output samples of the whole record.

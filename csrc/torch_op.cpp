@@ -1,4 +1,4 @@
-// torch.ops.dbeta.wfdb_decode: the bytes of one signal file to a tensor [leads, length], on the CPU or where the bytes lie.
+// torch.ops.dbeta.wfdb_decode: the bytes of one signal file to a tensor [leads, length], where they lie (CPU or GPU).
 // Written against PyTorch's stable ABI (2.11 and later), so the library need not be rebuilt for another PyTorch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,7 +25,8 @@ using torch::stable::Tensor;
 constexpr const char* kSchema =
     "wfdb_decode(Tensor data, int format, int leads, int samples, *, Tensor? gain=None, Tensor? baseline=None, "
     "Tensor? skew=None, Tensor? initial=None, int offset=0, bool planar=False, Tensor? table=None, int down=1, "
-    "int first=0, int start=0, int? length=None, float? invalid=None, ScalarType? dtype=None, str record=\"\") -> Tensor";
+    "int first=0, int start=0, int? length=None, float? invalid=None, ScalarType? dtype=None, str record=\"\") -> "
+    "Tensor";
 
 void require(bool holds, const std::string& record, const std::string& message) {
   if (!holds) throw std::invalid_argument("record " + (record.empty() ? "(unnamed)" : record) + ": " + message);
@@ -36,8 +37,8 @@ void per_lead(const std::optional<Tensor>& values, ScalarType dtype, const char*
               const std::string& record, To* to) {
   std::fill(to, to + dbeta::kMaxLeads, static_cast<To>(otherwise));
   if (!values) return;
-  require(values->is_cpu() && values->is_contiguous() && values->scalar_type() == dtype && values->numel() == leads, record,
-          std::string(name) + " has to be a contiguous CPU tensor with one value per lead (float64 gain, else int32)");
+  require(values->is_cpu() && values->is_contiguous() && values->scalar_type() == dtype && values->numel() == leads,
+          record, std::string(name) + " has to be a contiguous CPU tensor with one value per lead (float64 gain, else int32)");
   const T* from = static_cast<const T*>(values->data_ptr());
   std::copy(from, from + leads, to);
 }

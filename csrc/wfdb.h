@@ -1,6 +1,6 @@
 // WFDB signal formats, one sample at a time, for host and device.
 //
-// A signal file holds leads x samples integers ("codes"), by frames (all leads of one instant, then the next: WFDB's own
+// A signal file holds leads x samples integers ("codes"), by frames (all leads of one instant, then the next: WFDB's
 // order) or planar (all samples of one lead, then the next: the corpus's order). No reader goes through a pointer
 // wider than a byte, so any offset, however odd, is safe, and none touches a byte that its sample does not own.
 // Definitions: PhysioNet, WFDB Applications Guide, signal(5).
@@ -44,7 +44,7 @@ template <>
 struct Format<16> : Packing<16, 1, 2> {
   DBETA_HD static int32_t at(const uint8_t* p, int64_t i) {
     int16_t value;
-    memcpy(&value, p + 2 * i, sizeof value);  // a copy may be unaligned, a pointer may not; hosts and GPUs are little-endian
+    memcpy(&value, p + 2 * i, sizeof value);  // a copy may be unaligned; hosts and GPUs are little-endian
     return value;
   }
 };
@@ -152,8 +152,8 @@ DBETA_HD float millivolts(int32_t code, double gain, int32_t baseline, float inv
   return code == kInvalid ? invalid : static_cast<float>((static_cast<double>(code) - baseline) / gain);
 }
 
-// Rational resampling by a polyphase filter: output n lies at input n * down / up; its weights are row (n * down) % up of
-// `table` [up, taps], over the inputs from floor(n * down / up) + first on. Rows sum to 1. Near the ends of a record only
+// Rational resampling by a polyphase filter: output n lies at input n * down / up; its weights are row (n * down) % up
+// of `table` [up, taps], over the inputs from floor(n * down / up) + first on. Rows sum to 1. Near the ends only
 // the inputs that exist count, and their weights are scaled to sum to 1. dbeta/data/resample.py defines the table.
 struct Filter {
   const float* table = nullptr;  // null: the rate is kept

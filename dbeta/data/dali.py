@@ -96,23 +96,32 @@ class DaliLoader:
         """The next batch as the pipeline's inputs; StopIteration ends the pipeline when its batches are handed out."""
         records = np.ascontiguousarray(next(self.order))
         self.ahead.append((records, self.order.state_dict()))
-        views = [self._bytes(record) for record in records.tolist()]
         columns = [self.samples]
         if not self.corpus.uniform:
             columns += [self.formats, self.filters, self.gain, self.baseline]
-        return [views, records, *(column[records] for column in columns)]
+        return [self._views(records), records, *(column[records] for column in columns)]
 
-    def _bytes(self, record: int) -> np.ndarray:
-        """A record's samples where they lie in the mapped shard; short if the shard is (the operator says so)."""
-        shard, offset = int(self.shard[record]), int(self.offset[record])
-        size = 12 * int(self.samples[record]) * int(self.formats[record]) // 8
-        path = self.corpus.shard_path(shard)
-        if shard not in self.maps:  # torch's mapping, unlike mmap's, keeps no file open: a corpus has many shards
+    def _views(self, records: np.ndarray) -> list[np.ndarray]:
+        """Each record's samples where they lie in the mapped shard; short if the shard is (the operator says so)."""
+        sizes = 12 * self.samples[records].astype(np.int64) * self.formats[records] // 8
+        views, files = [], {}
+        try:
+            for shard, *place in zip(self.shard[records].tolist(), self.offset[records].tolist(), sizes.tolist()):
+                if shard not in files:
+                    files[shard] = os.open(self.corpus.shard_path(shard), os.O_RDONLY)
+                os.posix_fadvise(files[shard], *place, os.POSIX_FADV_WILLNEED)
+                views.append(self._mapped(shard)[place[0] : sum(place)])
+        finally:
+            for file in files.values():
+                os.close(file)
+        return views
+
+    def _mapped(self, shard: int) -> np.ndarray:
+        """The bytes of a shard. torch's mapping, unlike mmap's, keeps no file open: a corpus may have many shards."""
+        if shard not in self.maps:
+            path = self.corpus.shard_path(shard)
             self.maps[shard] = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
-        file = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
-        os.close(file)
-        return self.maps[shard][offset : offset + size]
+        return self.maps[shard]
 
     def _build(self) -> Any:
         from nvidia.dali import fn, pipeline_def, types
