@@ -6,6 +6,7 @@ little-endian. A shard's bytes depend on its records alone: no times, no owners.
 
 import os
 import tarfile
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,16 @@ def _id_member(record: int) -> bytes:
 
 
 def _header(record: int, kind: str, size: int) -> bytes:
-    member = tarfile.TarInfo(f"{record:08d}.{kind}")
+    block = bytearray(_template(kind, size))
+    block[:8] = b"%08d" % record
+    block[148:156] = b"%06o\0 " % sum(block)  # the checksum; the template has spaces in its place, as is the rule
+    return bytes(block)
+
+
+@lru_cache
+def _template(kind: str, size: int) -> bytes:
+    member = tarfile.TarInfo(f"{0:08d}.{kind}")
     member.size = size
-    return member.tobuf(tarfile.USTAR_FORMAT)
+    block = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    block[148:156] = b" " * 8
+    return bytes(block)

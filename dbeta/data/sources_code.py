@@ -60,7 +60,7 @@ def vote_limb_order(exams: Iterator[np.ndarray], enough: int = 100) -> list[int]
     votes: dict[tuple[int, ...], int] = {}
     counted = 0
     for mv in exams:
-        limb = mv[:6] - np.median(mv[:6], axis=1, keepdims=True)
+        limb = mv[:6] - mv[:6].mean(axis=1, keepdims=True)
         if not limb.any(axis=1).all():
             continue
         best = min(LIMB_ORDERS, key=lambda order, limb=limb: limb_residual(limb[order]))
