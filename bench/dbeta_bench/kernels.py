@@ -37,7 +37,7 @@ def run(
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     ceiling = roofline.measure(where)
     say(
-        f"roofline: {ceiling.bytes_per_s / 1e9:.1f} GB/s copied, {ceiling.flops_per_s[dtype] / 1e12:.3f} TFLOP/s {dtype}"
+        f"roofline: {ceiling.bytes_per_s / 1e9:.1f} GB/s copied, {ceiling.flops_per_s[dtype] / 1e9:.1f} GFLOP/s {dtype}"
     )
     rows = []
     for name in operators or known:

@@ -24,7 +24,7 @@ def interleave(
         repeats: turns.
 
     Returns:
-        name -> ``median``, ``low`` and ``high`` (20 and 80 % quantiles) in seconds, and ``timed``: clock, events or graph.
+        name -> ``median``, ``low`` and ``high`` (20 and 80 % quantiles) in seconds; ``timed``: clock, events or graph.
     """
     clocks = {name: _clock(call, device, warmup) for name, call in calls.items()}
     seconds = {name: [] for name in calls}

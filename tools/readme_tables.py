@@ -1,0 +1,71 @@
+"""Fill the tables of README.md from committed results, so that no figure is typed.
+
+A table lies between ``<!-- table:FILE/BENCHMARK -->`` and ``<!-- /table -->``, where FILE is the stem of a JSON file in
+bench/results; ``<!-- table:budgets -->`` is what the tuned configurations compile to under the newest Triton known.
+
+    python tools/readme_tables.py            rewrite README.md
+    python tools/readme_tables.py --check    only say whether it is up to date
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TABLE = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+HIDDEN = ("median", "low", "high", "timed")  # seconds: shown in milliseconds
+
+
+def cell(value) -> str:
+    """A figure to four significant digits; anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows of one benchmark as Markdown; a column for every field that some row has."""
+    columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c not in HIDDEN]
+    columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(cell(row.get(c)) for c in columns)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def table(name: str, root: Path = ROOT) -> str:
+    """The text between a table's markers."""
+    if name == "budgets":
+        known = json.loads((root / "kernels" / "dbeta_kernels" / "budgets.json").read_text())
+        newest = max(known, key=lambda version: tuple(map(int, version.split("."))))
+        rows = [{"configuration": key, **row} for key, row in known[newest].items()]
+        return f"sm_90, Triton {newest}, compiled without a GPU:\n\n{markdown(rows)}"
+    stem, _, benchmark = name.rpartition("/")
+    path = root / "bench" / "results" / f"{stem}.json"
+    if not path.exists():
+        raise SystemExit(f"README.md asks for table {name}, but {path.relative_to(root)} does not exist")
+    results = json.loads(path.read_text())
+    where = f"{results['device']}, {results['threads']} threads, torch {results['packages']['torch']}"
+    return (
+        f"{where}, commit {results['commit']}, {results['date'][:10]}:\n\n{markdown(results['benchmarks'][benchmark])}"
+    )
+
+
+def filled(text: str, root: Path = ROOT) -> str:
+    """``text`` with every table made anew."""
+    return TABLE.sub(lambda found: found[1] + table(found[2], root) + found[3], text)
+
+
+def main() -> None:
+    """Rewrite or check README.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = filled(old)
+    if parser.parse_args().check:
+        sys.exit(None if new == old else "README.md is not what tools/readme_tables.py makes of bench/results")
+    readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
