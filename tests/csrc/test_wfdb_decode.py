@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wfdb_files import BITS, FORMATS, File, pack, random_file
 
+from dbeta.data.resample import filter_table, resample
+
 SHORT = (16, 61, 80, 160, 212, 310, 311)  # fit int16
 
 
@@ -146,3 +148,21 @@ def test_operator_contract(wfdb_decode):
         {"dtype": torch.int32},
     ):
         torch.library.opcheck(torch.ops.dbeta.wfdb_decode.default, (data, 16, 12, 10), options)
+
+
+@pytest.mark.parametrize("rate", [100, 128, 250, 257, 360, 400, 1000, 1024])
+@pytest.mark.parametrize("seconds", [0.02, 3.7])
+def test_resampling_is_the_reference_filter(wfdb_decode, rate, seconds):
+    """The table of dbeta.data.resample, to its last and first sample, cropped or whole, short records included."""
+    adc = np.random.default_rng(rate).integers(-3000, 3000, (3, max(1, int(rate * seconds))), dtype=np.int16)
+    expected = resample(adc / np.float32(1000), rate)
+    design = filter_table(rate)
+    data = torch.from_numpy(adc.reshape(-1).view(np.uint8).copy())
+    options = dict(planar=True, gain=torch.full((3,), 1000.0, dtype=torch.float64))
+    options |= dict(table=torch.from_numpy(design.table), down=design.down, first=design.first)
+    got = wfdb_decode(data, 16, 3, adc.shape[1], **options).numpy()
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, atol=2e-6)  # mV; sums of up to 66 products of 3 mV in float32
+    part = wfdb_decode(data, 16, 3, adc.shape[1], start=5, length=700, invalid=0.0, **options).numpy()
+    np.testing.assert_allclose(part[:, : expected.shape[1] - 5], expected[:, 5:705], atol=2e-6)
+    assert (part[:, max(0, expected.shape[1] - 5) :] == 0).all()
