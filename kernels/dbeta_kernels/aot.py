@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from importlib import resources
 from pathlib import Path
 
 import triton
@@ -22,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from dbeta_kernels.launch import INTERPRETED
 from dbeta_kernels.registry import AotConfig, KernelSpec, specs
 
-BUDGETS = resources.files("dbeta_kernels") / "budgets.json"
+BUDGETS = Path(__file__).with_name("budgets.json")  # an editable install keeps its data files in the checkout
 TARGET = GPUTarget("cuda", 90, 32)
 MEASURES = ("registers", "spill_bytes", "shared_bytes", "wgmma")
 
@@ -127,7 +126,7 @@ def _main() -> None:
     measured = compile_all()
     print(table(measured))
     if arguments.write:
-        path = Path(str(BUDGETS))
+        path = BUDGETS
         known = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(known | {triton.__version__: measured}, indent=1, sort_keys=True) + "\n")
 
