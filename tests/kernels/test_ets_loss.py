@@ -101,12 +101,13 @@ def test_no_gradient_is_made_where_none_is_wanted(interpreter):
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 from dbeta_kernels.ets_loss import ets_loss
 torch.set_num_threads(1)
 backend, *sizes = sys.argv[1:]
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    status = open("/proc/self/status").read()  # ru_maxrss would start at the peak of the process that forked us
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 for size in map(int, sizes):
     ecg, text = (torch.randn(size, 32).requires_grad_() for _ in range(2))
     before = peak()
@@ -127,7 +128,7 @@ def test_memory_of_the_cpu_form_grows_linearly():
     """A float32 matrix of all pairs is 16 MiB at 2,048 and 64 MiB at 4,096; the inputs take 1 MiB there."""
     small, large = peaks("auto", 2048, 4096)
     assert large < 128
-    assert large - small < 32
+    assert large < 2.5 * small  # linear doubles, quadratic is four times
     (dense,) = peaks("reference", 4096)
     assert dense > 192, "the measure does not see matrices of all pairs"
 
