@@ -171,16 +171,26 @@ def test_a_damaged_shard_is_an_error_that_names_the_record(tmp_path):
         next(loader)
 
 
-@pytest.mark.parametrize("source", ["ptb-xl"])
-def test_real_records(shared, tmp_path, source):
-    prepare(source, shared / "data" / source.replace("-", ""), tmp_path / "corpus", workers=1)
+@pytest.mark.parametrize(
+    ("source", "folder"),
+    [
+        ("ptb-xl", "ptbxl"),
+        ("cinc2021", "cinc2021"),
+        ("cpsc2018", "cpsc2018-native"),
+        ("code-15", "code15-sample"),
+        ("sph", "sph"),
+    ],
+)
+def test_real_records(shared, tmp_path, source, folder):
+    """Every record of the data set that ``prepare`` accepts, whatever its rate."""
+    prepare(source, shared / "data" / folder, tmp_path / "corpus", workers=1)
     corpus = Corpus.open(tmp_path / "corpus")
-    ids = np.arange(len(corpus))
-    loaders = [
-        make_loader(corpus, ids=ids, batch=64, engine=e, shuffle=False, repeat=False) for e in ("dali", "reference")
-    ]
-    for got, expected in zip(*loaders):
+    options = dict(split="all", batch=64, shuffle=False, repeat=False)
+    seen = 0
+    for got, expected in zip(*(make_loader(corpus, engine=engine, **options) for engine in ("dali", "reference"))):
         same(got, expected)
+        seen += len(got.records)
+    assert seen == len(corpus)
 
 
 def test_dalis_own_reader_with_both_shuffles(native):
