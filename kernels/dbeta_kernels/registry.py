@@ -113,4 +113,4 @@ def specs() -> dict[str, KernelSpec]:
     """Every operator by name; imports their files."""
     for name in OPERATORS:
         importlib.import_module(f"dbeta_kernels.{name}")
-    return {name: _SPECS[name] for name in OPERATORS if name in _SPECS}
+    return {name: _SPECS[name] for name in OPERATORS}
