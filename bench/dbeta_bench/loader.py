@@ -25,6 +25,7 @@ from dbeta.data.corpus import Corpus
 from dbeta.data.corpus_writer import Options, Plan, write_corpus
 from dbeta.data.loader import RATE_HZ, RawBatch, make_loader
 from dbeta.data.records import LEADS, Record
+from dbeta_kernels import extension
 
 BATCH = 64
 Way = Callable[[float], tuple[int, float]]  # reads for some seconds; (records, seconds they took)
@@ -44,10 +45,16 @@ def run(
     """Rows of median records/s per rate, engine and threads; the share of what copying the shards alone reaches.
 
     Args:
-        device: "cuda" adds DALI's GPU pipeline (batches end on the GPU) to the CPU's.
+        device: a GPU adds DALI's GPU pipeline (batches end on the GPU) to the CPU's.
         threads: 1, 2 and all cores where not given.
         seconds: of each turn; the first turn is not counted.
     """
+    if "dali" in engines:
+        try:
+            extension.load_dali()
+        except ImportError as error:
+            say(f"without dali: {error}")
+            engines = tuple(engine for engine in engines if engine != "dali")
     threads = threads or tuple(sorted({1, 2, os.cpu_count() or 1}))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, _Processes(2) as pool:
@@ -61,7 +68,7 @@ def run(
                 ways["wfdb", "cpu", 1] = partial(_wfdb_loop, stems)
                 ways["wfdb", "cpu", 2] = partial(pool.wfdb, stems)
             for engine in engines:
-                for where in ("cpu", "cuda") if device == "cuda" and engine == "dali" else ("cpu",):
+                for where in ("cpu", device) if device.startswith("cuda") and engine == "dali" else ("cpu",):
                     _agree(corpus, engine, where)
                     for count in threads:
                         loader = make_loader(corpus, ids=np.arange(records), batch=BATCH, engine=engine,
