@@ -13,6 +13,7 @@ from dbeta.evaluation.label_sets import SPLITS, LabelSet
 if TYPE_CHECKING:
     from dbeta.data.corpus import Corpus
 
+PRETRAINING = ("mimic-iv-ecg", "ptb-xl", "synthetic")  # sources whose own split tells what a model may have seen
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of a derived split
 
 
@@ -70,12 +71,12 @@ def count_notes(labels: LabelSet, rows: dict[str, Rows]) -> list[str]:
 def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None, *, derive: bool = False) -> Dataset:
     """The records of a corpus that belong to a label set, in three splits that no patient crosses.
 
-    The published split is used where ``splits`` is given and none of its parts is empty for the records present; else
-    the corpus's own, whose training records a model may have been pre-trained on: where it has no test part, half of
-    the validation patients are tested; else a split by patient. Which one it was is stated in ``origin``.
+    The published split is used where ``splits`` is given and none of its parts is empty for the records present. Else,
+    for a source that models are pre-trained on, the corpus's own: a record of its training part is never tested, and
+    where it has no test part half of the validation patients are. Else a split by patient. ``origin`` states which.
 
     Args:
-        derive: make a split by patient whatever the corpus's own is. Only for a corpus that the model never saw.
+        derive: make a split by patient whatever the source. Only for a corpus that the model never saw.
 
     Raises:
         ValueError: no record of the corpus belongs to the set.
@@ -100,7 +101,8 @@ def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None,
         notes += count_notes(labels, {"train": (), "validation": (), "test": rows})
     else:
         own = [str(part) for part in corpus.column("split", rows.records)]
-        parts, origin = derive_split(rows.groups) if derive else own_split(own, rows.groups)
+        seen = corpus.source in PRETRAINING and not derive
+        parts, origin = own_split(own, rows.groups) if seen else derive_split(rows.groups)
     member = np.array(parts)
     return Dataset(
         labels=labels, origin=origin, notes=tuple(notes),
@@ -176,7 +178,7 @@ def _match(rows: Rows, corpus: "Corpus") -> Rows:
 
 
 def _corpus_rows(labels: LabelSet, corpus: "Corpus") -> Rows:
-    held = [set(map(str, record)) for record in corpus.column("labels")]
+    held = [{str(label).partition("+")[0] for label in record} for record in corpus.column("labels")]  # SPH: 22+308
     targets = np.array([labels.targets_of(record) for record in held], bool).reshape(len(held), len(labels.labels))
     records = np.arange(len(held)) if labels.unlabelled == "keep" else np.flatnonzero(targets.any(1))
     names, subjects = list(corpus.column("name")), list(corpus.column("subject"))

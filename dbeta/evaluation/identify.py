@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbeta.evaluation.datasets import derive_split, own_split, record_stem
+from dbeta.evaluation.datasets import PRETRAINING, derive_split, own_split, record_stem
 from dbeta.evaluation.fitting import FitConfig, TokenMean, fit
 from dbeta.evaluation.metrics import Interval, bootstrap_interval
 from dbeta.evaluation.signals import SegmentStore, keep_leads
@@ -103,7 +103,8 @@ def identities(corpus: "Corpus", patients: Path | None = None, *, seed: int = 42
     else:
         rows = sorted(held)
         stated = dict(zip(subjects, (str(split) for split in corpus.column("split"))))
-        parts, origin = own_split([stated[patient] for patient in rows], rows)
+        seen = corpus.source in PRETRAINING
+        parts, origin = own_split([stated[p] for p in rows], rows) if seen else derive_split(rows, seed)
         part = dict(zip(rows, parts))
     pairs = {
         split: [

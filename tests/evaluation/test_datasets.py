@@ -93,6 +93,18 @@ def test_targets_from_scp_codes_agree_with_the_published_targets(shared):
         assert compared > 50
 
 
+def test_sph_codes_are_the_aha_codes_of_the_statement_table(shared):
+    with (shared / "data/ptbxl/scp_statements.csv").open() as file:
+        statements = {row[""]: row["AHA code"] for row in csv.DictReader(file)}
+    assert {label: codes for label, codes in label_set("sph").codes.items()} == {
+        label: (statements[label],) for label in label_set("sph").labels
+    }
+    corpus = FakeCorpus("sph", "abc", [["22+308", "1"], ["106"], ["50"]])
+    dataset = load_dataset(label_set("sph"), corpus)
+    held = {row.names[0]: set(np.flatnonzero(row.targets[0])) for row in dataset.splits.values()}
+    assert held["a"] == {label_set("sph").labels.index("SBRAD"), label_set("sph").labels.index("NORM")}
+
+
 def test_challenge_codes_are_the_scored_table(shared):
     with (shared / "data/cinc2021-scoring/weights.csv").open() as file:
         classes = {frozenset(cell.split("|")) for cell in next(csv.reader(file))[1:]}
