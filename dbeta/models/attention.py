@@ -99,6 +99,12 @@ class _TakeRows(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of ``x`` in a matrix product; for what is not on its lists (custom operators, biases)."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def resolve_backend(name: str, device: str = "auto") -> str:
     """The back-end that ``runtime.attention`` stands for on this machine, announced once.
 

@@ -7,15 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbeta.config import ModelConfig
+from dbeta.models.attention import compute_dtype
 from dbeta.models.layers import PostNormLayer, take_tokens
 from dbeta_kernels.conv_stem import conv_stem
 from dbeta_kernels.positional_conv import positional_conv
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would make of ``x``: custom operators are not on its lists, so their inputs are cast here."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class ConvStem(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbeta.config import ModelConfig
-from dbeta.models.attention import Rows, attend
+from dbeta.models.attention import Rows, attend, compute_dtype
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -64,9 +64,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, rows: Rows) -> Tensor:
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.q, self.k, self.v))
         dropout = self.dropout if self.training else 0.0
-        out = attend(
-            q, k, v, rows=rows, key_rows=rows, bias=bias.to(q.dtype), scale=1.0, dropout=dropout, backend=self.backend
-        )
+        out = attend(q, k, v, rows=rows, key_rows=rows, bias=bias, scale=1.0, dropout=dropout, backend=self.backend)
         return self.o(out.flatten(-2))
 
 
@@ -138,7 +136,7 @@ class T5Encoder(nn.Module):
         x = self.embed_tokens(rows.pack(ids))
         x = F.dropout(x, self.dropout, self.training)
         bias = self.block[0].layer[0]["SelfAttention"].relative_bias(ids.shape[1])
-        bias = bias.masked_fill(~rows.mask[:, None, None, :], -math.inf)
+        bias = bias.masked_fill(~rows.mask[:, None, None, :], -math.inf).to(compute_dtype(x))
         for block in self.block:
             x = block(x, bias, rows)
         return F.dropout(self.final_layer_norm(x), self.dropout, self.training)
