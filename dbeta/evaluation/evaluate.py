@@ -3,7 +3,7 @@
 OUT/results.csv results.json results.png   one row per figure, beside the paper's
     units/     finished pieces of work with per-class details; what is there is not done again
     features/  frozen features by model and corpus checksum
-    segments/  5 s segments for fine-tuning;  figures/  ROC curves by class
+    segments/  5 s segments for fine-tuning;  figures/  ROC curves and t-SNE
 """
 
 import hashlib
@@ -48,6 +48,7 @@ class Options:
     annotations: Path | None = None  # CODE-test's annotations, for the human readers of Table 5
     epochs: int | None = None  # of probe, fine-tuning and identification; None: the paper's
     bootstrap: int = 1000
+    figures: bool = True  # ROC curves and t-SNE of the test features
     device: str = "auto"
 
 

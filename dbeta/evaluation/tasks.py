@@ -12,7 +12,7 @@ from dbeta.evaluation.experts import expert_tables
 from dbeta.evaluation.finetune import DX, finetune
 from dbeta.evaluation.identify import ID, identify, identities
 from dbeta.evaluation.linear_probe import ProbeConfig, measure, train_probes
-from dbeta.evaluation.metrics import macro_auc, percentile_interval
+from dbeta.evaluation.metrics import AucTable, macro_auc, percentile_interval
 from dbeta.evaluation.prompts import load_prompts
 from dbeta.evaluation.results import Result, class_details, from_table
 from dbeta.evaluation.shift import PAIRS, shift_table
@@ -41,7 +41,8 @@ def zero_shot(run: "Evaluation", found: list[Result], *, thorough: bool) -> list
                 table = macro_auc(
                     scores, rows.targets, dataset.labels.labels, groups=rows.groups, bootstrap=run.options.bootstrap
                 )
-                _draw_roc(run, dataset, leads, scores, table)
+                if run.options.figures:
+                    _draw(run, corpus, dataset, leads, scores, table)
                 fields = run.fields("zero-shot", dataset, leads=leads, prompts=run.options.prompts)
                 return [from_table(table, **fields)], class_details(table)
 
@@ -243,13 +244,21 @@ def _average(results: list[Result]) -> list[Result]:
     ]
 
 
-def _draw_roc(run: "Evaluation", dataset: Dataset, leads: str, scores: np.ndarray, table) -> None:
-    from dbeta.evaluation.figures import draw_roc
+def _draw(
+    run: "Evaluation", corpus: "Corpus", dataset: Dataset, leads: str, scores: np.ndarray, table: AucTable
+) -> None:
+    """ROC curves by class, and t-SNE where there are categories of 50 records (Fig. 3)."""
+    from dbeta.evaluation.figures import draw_roc, draw_tsne
 
-    folder = run.out / "figures"
+    folder, labels, rows = run.out / "figures", dataset.labels, dataset.splits["test"]
     folder.mkdir(parents=True, exist_ok=True)
-    figure = draw_roc(scores, dataset.splits["test"].targets, table, title=f"zero-shot, {dataset.labels.title}")
-    figure.savefig(folder / f"roc-{dataset.labels.key}-{leads}.png", dpi=130)
+    name = f"{labels.key}-{leads}.png"
+    draw_roc(scores, rows.targets, table, title=f"zero-shot, {labels.title}").savefig(folder / f"roc-{name}", dpi=130)
+    single = rows.targets[rows.targets.sum(1) == 1].sum(0)
+    if (single >= 50).sum() > 1:
+        features = run.features.features(corpus, rows.records, leads=leads, window_s=labels.window_s)
+        figure = draw_tsne(features, rows.targets, labels.labels, title=f"t-SNE of test features, {labels.title}")
+        figure.savefig(folder / f"tsne-{name}", dpi=130)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -1,0 +1,99 @@
+"""One set from a corpus to results.csv, results that are kept, and mistakes that are named."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+from dbeta.evaluation import tasks
+from dbeta.evaluation.evaluate import Options, evaluate, find_corpora
+from dbeta.evaluation.results import Result, not_run, show
+
+QUICK = Options(epochs=2, bootstrap=50, fractions=(0.1, 1.0), seeds=(42, 43), derive=True)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def found(model, synthetic, out):
+    return [r for task in ("zero-shot", "linear-probe") for r in evaluate(task, model, synthetic.path, out, QUICK)]
+
+
+def test_results_are_written_beside_the_papers(found, out):
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    mine = [row for row in rows if row["dataset"] == "synthetic"]
+    assert [(row["fraction"], row["seed"]) for row in mine] == [
+        ("0.1", ""), ("0.1", "42"), ("0.1", "43"), ("1.0", ""), ("1.0", "42"), ("1.0", "43"),
+    ]  # fmt: skip
+    for row in mine:
+        assert float(row["low"]) <= float(row["value"]) <= float(row["high"]) and "meaningless" in row["note"]
+    absent = [row for row in rows if row["note"] == "not run"]
+    assert len(absent) == 18 and all(row["value"] == "" and float(row["paper"]) > 0.7 for row in absent)
+    assert json.loads((out / "results.json").read_text())[0]["dataset"] == "synthetic"
+    assert (out / "results.png").stat().st_size > 10_000 and (out / "figures/roc-synthetic-12.png").is_file()
+
+
+def test_seed_mean_is_the_mean(found):
+    probes = [r for r in found if r.task == "linear-probe" and r.fraction == 1.0]
+    assert probes[0].seed is None and probes[0].value == pytest.approx(np.mean([r.value for r in probes[1:]]))
+
+
+def test_per_class_details_are_kept(found, out):
+    (unit,) = (out / "units").glob("linear-probe-synthetic-12-10-*.json")
+    details = json.loads(unit.read_text())["details"]["42"]
+    assert details["records"] == round(0.1 * 168) and details["epoch"] in (1, 2)
+    assert set(details["classes"]["AFIB"]) == {"auc", "interval", "positives", "left_out"}
+
+
+def test_a_second_run_does_nothing_again(found, model, synthetic, out, monkeypatch):
+    monkeypatch.setattr(model, "encode_ecg", None)
+    monkeypatch.setattr(tasks, "train_probes", None)
+    again = evaluate("linear-probe", model, synthetic.path, out, QUICK)
+    assert again == [r for r in found if r.task == "linear-probe"]
+    with pytest.raises(TypeError):  # other options are other work
+        evaluate("linear-probe", model, synthetic.path, out, Options(epochs=3, bootstrap=50, seeds=(42,), derive=True))
+
+
+def test_fine_tuning_and_identification(model, synthetic, out):
+    options = Options(epochs=1, bootstrap=50, leads=("12", "P-1"), seeds=(42,), derive=True)
+    tuned = evaluate("finetune", model, synthetic.path, out, options)
+    assert [(r.leads, r.metric) for r in tuned] == [("12", "macro AUC"), ("P-1", "macro AUC")]
+    assert all(0 <= r.value <= 1 and r.records == 48 for r in tuned)
+    (result, _) = evaluate("identify", model, synthetic.path, out, options)
+    assert result.metric == "top-1 accuracy" and result.records >= 2 and "chance" in result.note
+
+
+def test_comparison_is_made_only_with_the_same_case():
+    base = {"task": "zero-shot", "dataset": "csn", "title": "CSN", "value": 0.8}
+    assert Result(**base).as_row()["difference"] == pytest.approx(0.8 - 0.763)
+    for other in ({"prompts": "names"}, {"leads": "P-6"}, {"dataset": "csn-clean"}, {"metric": "accuracy"}):
+        assert Result(**base | other).paper is None
+    probe = base | {"task": "linear-probe", "fraction": 0.01}
+    assert Result(**probe).paper == (2, pytest.approx(0.8004)) and Result(**probe, seed=42).paper is None
+    missing = not_run([Result(**base)], ("zero-shot",))
+    assert "CSN" not in {r.title for r in missing} and len(missing) == 7
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(show([Result(**base), *missing]))
+    text = console.export_text()
+    assert "+3.70" in text and "76.30 T3" in text and text.count("not run") == 7
+
+
+def test_mistakes_are_named(model, synthetic, tmp_path):
+    with pytest.raises(ValueError, match="accepted are tasks zero-shot"):
+        evaluate("zeroshot", model, synthetic.path, tmp_path)
+    with pytest.raises(ValueError, match="lead sets 12, P-6"):
+        evaluate("zero-shot", model, synthetic.path, tmp_path, Options(leads=("P-7",)))
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate("zero-shot", model, synthetic.path, tmp_path, Options(sets=("csn",)))
+    with pytest.raises(ValueError, match="shift needs a corpus of"):
+        evaluate("shift", model, synthetic.path, tmp_path)
+    with pytest.raises(ValueError, match="is no corpus and holds none"):
+        find_corpora(tmp_path)
