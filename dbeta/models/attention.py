@@ -194,11 +194,16 @@ def _flash_package(
     """FlashAttention-2 on packed sequences; filler rows at the end of a packed tensor become sequences of their own."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if rows is None and key_rows is None:
-        return flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale, deterministic=deterministic)
+    options = {
+        "dropout_p": dropout,
+        "softmax_scale": scale,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
     if rows is not None and not rows.ordered:  # a grid of queries needs no packing, only keys do
         q = rows.unpack(q)
+    if key_rows is None and not _is_packed(rows):
+        out = flash_attn_func(q, k, v, **options)
+        return out if rows is None else rows.pack(out)
     if key_rows is not None and not key_rows.ordered:
         key_rows = Rows.packed(key_rows.mask, key_rows.mask.numel())
         k, v = key_rows.pack(k), key_rows.pack(v)
@@ -215,10 +220,7 @@ def _flash_package(
         flat.append(x)
     v = v if _is_packed(key_rows) else v.flatten(0, 1)
     (q_ends, q_longest), (k_ends, k_longest) = sizes
-    out = flash_attn_varlen_func(
-        flat[0], flat[1], v, q_ends, k_ends, q_longest, k_longest,
-        dropout_p=dropout, softmax_scale=scale, deterministic=deterministic,
-    )  # fmt: skip
+    out = flash_attn_varlen_func(flat[0], flat[1], v, q_ends, k_ends, q_longest, k_longest, **options)
     if _is_packed(rows):
         return out
     out = out.unflatten(0, q.shape[:2])

@@ -1,5 +1,8 @@
 """The attention facade: layouts of packed text, the choice of a back-end, the relative bias."""
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -82,6 +85,56 @@ def test_dropout_drops_weights_and_keeps_the_mean(backend):
     out = attend(q, k, v, dropout=0.25, backend=backend)
     assert out.std() > 0.02
     assert out.mean().item() == pytest.approx(1.0, abs=0.01)
+
+
+def plain(q, k, v, *, dropout_p, softmax_scale, deterministic):
+    return attend(q, k, v, scale=softmax_scale, backend="reference")
+
+
+def varlen(q, k, v, q_ends, k_ends, q_longest, k_longest, *, dropout_p, softmax_scale, deterministic):
+    """What flash_attn documents: sequences between the ends; rows beyond the longest, or outside, are not written."""
+    assert len(q_ends) == len(k_ends) and q_ends.dtype == k_ends.dtype == torch.int32
+    out = torch.full_like(q, float("nan"))
+    for (q0, q1), (k0, k1) in zip(q_ends.unfold(0, 2, 1).tolist(), k_ends.unfold(0, 2, 1).tolist()):
+        assert 0 <= q0 <= q1 <= min(len(q), q0 + q_longest) and 0 <= k0 <= k1 <= min(len(k), k0 + k_longest)
+        scores = torch.einsum("qhe,khe->hqk", q[q0:q1], k[k0:k1]) * softmax_scale
+        part = torch.einsum("hqk,khe->qhe", scores.softmax(-1), v[k0:k1])  # no keys: 0
+        out = torch.cat((out[:q0], part, out[q1:]))
+    return out
+
+
+@pytest.mark.parametrize("layout", ["grid", "packed", "filler", "selected"])
+def test_flash_attn_is_given_every_row_once(monkeypatch, layout):
+    """The package's interface on a stand-in that leaves what it is not told to compute NaN, as the package may."""
+    stand_in = types.ModuleType("flash_attn")
+    stand_in.flash_attn_varlen_func = varlen
+    stand_in.flash_attn_func = plain
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    torch.manual_seed(0)
+    mask = mask_of(5, 1, 8, longest=9)
+    keys = Rows(mask) if layout == "grid" else Rows.packed(mask, 27 if layout == "filler" else 14)
+    queries = keys.select(torch.tensor([0, 9, 18, 3, 20, 0, 0])) if layout == "selected" else keys
+    results = []
+    for call in (
+        lambda q, k, v, a, b: attend(q, k, v, rows=a, key_rows=b, backend="reference"),
+        lambda q, k, v, a, b: attention._flash_package(q, k, v, a, b, 8**-0.5, 0.0),
+    ):
+        q, k, v, ecg = (
+            torch.randn(3, t, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(t)).requires_grad_()
+            for t in (9, 9, 9, 4)
+        )
+        own = call(queries.pack(q), keys.pack(k), keys.pack(v), queries, keys)
+        cross = call(ecg, keys.pack(k), keys.pack(v), None, keys)
+        reverse = call(queries.pack(q), ecg, ecg, queries, None)
+        assert own.isfinite().all() and reverse.isfinite().all()
+        if layout == "selected":
+            out = torch.cat((own, reverse, cross.flatten(0, 1)))
+        else:
+            out = torch.cat((keys.unpack(own)[mask], keys.unpack(reverse)[mask], cross.flatten(0, 1)))
+        (out * torch.linspace(-1, 1, len(out), dtype=out.dtype)[:, None, None]).sum().backward()
+        results.append((out, q.grad, k.grad, v.grad, ecg.grad))
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.gpu
