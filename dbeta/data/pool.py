@@ -1,6 +1,7 @@
 """Worker processes that end with their parent, whatever ends it."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -19,7 +20,7 @@ class WorkerPool:
         if self.workers < 2:
             return lambda function, jobs: (function(*job) for job in jobs)
         # Spawned, since a process with threads must not be forked.
-        self.executor = ProcessPoolExecutor(self.workers, get_context("spawn"), _die_with_parent)
+        self.executor = ProcessPoolExecutor(self.workers, get_context("spawn"), _obey_parent)
         return self._run
 
     def _run(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[Any]:
@@ -43,8 +44,9 @@ class WorkerPool:
             self.executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _die_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def _obey_parent() -> None:
+    """Ctrl-C is the parent's business; and a worker whose parent was killed would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         connection.wait([parent_process().sentinel])

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -87,6 +88,10 @@ def test_mimic(signals, tmp_path):
         return stem
 
     damage("missing signal file").with_suffix(".dat").unlink()
+    flipped = damage("checksum").with_suffix(".dat")
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x55")
+    longer = damage("signal file does not fit").with_suffix(".dat")
+    longer.write_bytes(longer.read_bytes() + bytes(24))
     cut = damage("truncated signal file").with_suffix(".dat")
     cut.write_bytes(cut.read_bytes()[:70_001])
     with_nan = adc.copy()
@@ -109,6 +114,14 @@ def test_mimic(signals, tmp_path):
     header.write_text(header.read_text().replace(f"{outside.name}.dat", "../../../../../secret.dat"))
     first = tree.list[0]
     tree.list.append(first)  # the same study twice
+    unknown = damage("empty report")
+    del tree.measurements[-1]
+    outside = [*tree.list[-2][:4], "../outside/40000999"]
+    outside[1] = 40_000_999
+    tree.list.append(outside)
+    tree.measurements.append([outside[0], outside[1], 1, "", "Sinus rhythm", *[""] * 17])
+    bad[outside[4]] = "path outside the data set"
+    random.Random(0).shuffle(tree.measurements)  # the two tables need not be in one order
     tree.write()
 
     info = prepare("mimic-iv-ecg", tree.root, tmp_path / "corpus", workers=1)
@@ -126,6 +139,8 @@ def test_mimic(signals, tmp_path):
     assert corpus.reports[corpus.column("report")[0]].startswith("sinus rhythm possible ecg finding")
     assert info["reports"] == 5 and (corpus.column("gain") == 200).all() and corpus.uniform
     assert corpus.damage() == []
+    details = {row["name"]: row["detail"] for row in rows}
+    assert details[str(unknown.relative_to(tree.root))] == "not in machine_measurements.csv"
 
 
 def test_splits_keep_subjects_apart(tmp_path):
@@ -150,21 +165,42 @@ def test_ptb_xl(shared, tmp_path):
 
 def test_killed_preparation_goes_on(tmp_path):
     """kill -9 between shards: the same command finishes, and the corpus is that of an undisturbed run."""
-    command = [sys.executable, "-m", "dbeta.cli", "prepare", "synthetic", "--limit", "1100", "--workers", "1", "--out"]
-    process = subprocess.Popen([*command, str(tmp_path / "killed")])
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    command = ["prepare", "synthetic", "--limit", "1100", "--workers", "1", "--out"]
+    process = subprocess.Popen([sys.executable, "-m", "dbeta.cli", *command, str(killed)])
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "parts" / "00000.parquet").is_file():
+    while not (killed / "parts" / "00000.parquet").is_file():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed" / "corpus.json").exists()
-    whole = os.stat(tmp_path / "killed" / "shards" / "00000.tar").st_mtime_ns
-    for name in ("killed", "undisturbed"):
-        subprocess.run([*command, str(tmp_path / name)], check=True)
-    assert os.stat(tmp_path / "killed" / "shards" / "00000.tar").st_mtime_ns == whole
-    for name in ("corpus.json", "records.parquet", "reports.parquet", "shards/00001.tar", "shards/00001.idx"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    with pytest.raises(ValueError, match="unfinished"):
+        Corpus.open(killed)
+    whole = os.stat(killed / "shards" / "00000.tar").st_ino
+    for out in (killed, undisturbed):
+        prepare("synthetic", None, out, limit=1100, workers=1)
+    assert os.stat(killed / "shards" / "00000.tar").st_ino == whole  # not written again
+    for path in undisturbed.rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (killed / path.relative_to(undisturbed)).read_bytes()
+
+
+def test_workers_end_with_a_killed_parent():
+    code = (
+        "import time; from dbeta.data.pool import WorkerPool\n"
+        "with WorkerPool(2) as pool:\n"
+        "    for _ in pool(time.sleep, [(0.01,), (0.01,), (0.01,), (0.01,), (60,)]):\n"
+        "        print(*pool.__self__.executor._processes, flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    workers = [int(word) for word in parent.stdout.readline().split()]
+    assert len(workers) == 2 and all(Path(f"/proc/{worker}").exists() for worker in workers)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker lives on"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
