@@ -198,4 +198,3 @@ def _read_with_wfdb(header: Header) -> np.ndarray:
     if codes.shape != (len(header.signals), header.samples or codes.shape[1]):
         raise ValueError(f"truncated or damaged signal file: {codes.shape} samples, its header says {header.samples}")
     return codes
-
