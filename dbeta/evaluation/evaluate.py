@@ -16,11 +16,11 @@ from rich.console import Console
 from dbeta.evaluation import results
 from dbeta.evaluation.datasets import Dataset, load_dataset
 from dbeta.evaluation.features import FeatureCache
-from dbeta.evaluation.label_sets import sets_for
+from dbeta.evaluation.label_sets import LabelSet, sets_for
 from dbeta.evaluation.linear_probe import FRACTIONS, SEEDS
-from dbeta.evaluation.progress import console
 from dbeta.evaluation.results import Result, Units, Work
 from dbeta.evaluation.signals import LEAD_SETS, corpus_checksum
+from dbeta.runtime import announce
 
 if TYPE_CHECKING:
     from dbeta.data.corpus import Corpus
@@ -62,6 +62,7 @@ class Evaluation:
     options: Options
     features: FeatureCache = field(init=False)
     units: Units = field(init=False)
+    loaded: dict[tuple[str, str], Dataset] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         self.features = FeatureCache(self.model, self.out / "features")
@@ -78,12 +79,19 @@ class Evaluation:
             for labels in sets_for(corpus.source, list(corpus.labels), labels=self.options.labels):
                 if self.options.sets and labels.key.removesuffix("-clean") not in self.options.sets:
                     continue
-                dataset = load_dataset(labels, corpus, self.options.splits, derive=self.options.derive)
-                for note in dataset.notes:
-                    console.print(f"note: {note}")
+                dataset = self._dataset(labels, corpus)
                 if not trainable or len(dataset.splits["train"]):
                     found.append((corpus, dataset))
         return found
+
+    def _dataset(self, labels: LabelSet, corpus: "Corpus") -> Dataset:
+        """Loaded once, with its notes said once."""
+        key = labels.key, corpus.source
+        if key not in self.loaded:
+            self.loaded[key] = load_dataset(labels, corpus, self.options.splits, derive=self.options.derive)
+            for note in self.loaded[key].notes:
+                announce(note)
+        return self.loaded[key]
 
     def run(self, name: str, key: dict[str, Any], work: Work) -> list[Result]:
         """A unit of work, unless it is done."""
@@ -146,7 +154,7 @@ def evaluate(
         reason = "; ".join(problems) or f"no label set for {', '.join(corpora)}"
         raise ValueError(f"nothing to evaluate for {task}: {reason}; see dbeta prepare, --sets and --data")
     for problem in problems:
-        console.print(f"note: {problem}")
+        announce(problem)
     listed = [*found, *results.not_run(found, chosen)]
     results.write(listed, evaluation.out)
     from dbeta.evaluation.figures import draw_results

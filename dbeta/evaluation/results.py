@@ -63,9 +63,9 @@ class Result:
 
 
 def from_table(table: AucTable, **fields: Any) -> Result:
-    """A macro AUC as a result."""
+    """A macro AUC as a result; its value is None where no class has both positives and negatives."""
     return Result(
-        value=_number(table.macro), low=_number(table.interval[0]), high=_number(table.interval[1]),
+        value=as_json(table.macro), low=as_json(table.interval[0]), high=as_json(table.interval[1]),
         classes=len(table.per_class), left_out="; ".join(f"{name}: {why}" for name, why in table.left_out.items()),
         **fields,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def class_details(table: AucTable) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "auc": table.per_class.get(name),
-            "interval": [_number(v) for v in table.intervals.get(name, ())],
+            "interval": [as_json(v) for v in table.intervals.get(name, ())],
             "positives": count,
             "left_out": table.left_out.get(name),
         }
@@ -163,7 +163,7 @@ def _cells(result: Result, notes: dict[str, str]) -> list[str]:
         result.title,
         result.leads,
         "" if result.fraction is None else f"{100 * result.fraction:g} %",
-        ours or "not run",
+        ours or ("not run" if result.note == "not run" else "no class"),
         f"{low}-{high}" if low else "",
         f"{paper} T{row['paper_table']}" if paper else "",
         "" if row["difference"] is None else f"{100 * row['difference']:+.2f}",
@@ -171,5 +171,6 @@ def _cells(result: Result, notes: dict[str, str]) -> list[str]:
     ]
 
 
-def _number(value: float) -> float | None:
+def as_json(value: float) -> float | None:
+    """The number; None for nan, which JSON does not have."""
     return None if value != value else float(value)

@@ -14,7 +14,7 @@ from dbeta.evaluation.identify import ID, identify, identities
 from dbeta.evaluation.linear_probe import ProbeConfig, measure, train_probes
 from dbeta.evaluation.metrics import AucTable, macro_auc, percentile_interval
 from dbeta.evaluation.prompts import load_prompts
-from dbeta.evaluation.results import Result, class_details, from_table
+from dbeta.evaluation.results import Result, as_json, class_details, from_table
 from dbeta.evaluation.shift import PAIRS, shift_table
 from dbeta.evaluation.signals import LEAD_SETS, SegmentStore, corpus_checksum
 
@@ -82,7 +82,8 @@ def linear_probe(run: "Evaluation", found: list[Result], *, thorough: bool) -> l
                     fields = run.fields("linear-probe", dataset, leads=leads, fraction=fraction)
                     single = [from_table(t, **fields, seed=p.seed) for p, t in zip(probes, tables)]
                     low, high = percentile_interval(np.concatenate([table.replicas for table in tables]))
-                    mean = replace(single[0], seed=None, value=_mean(r.value for r in single), low=low, high=high)
+                    interval = {"low": as_json(low), "high": as_json(high)}
+                    mean = replace(single[0], seed=None, value=_mean(r.value for r in single), **interval)
                     details = {
                         str(probe.seed): {
                             "epoch": probe.epoch,
