@@ -114,6 +114,7 @@ def _aot(kernel: str, kind: str) -> AotConfig:
         num_stages=stages,
         divisible=("group_size",),
         wgmma=True,
+        slow=kind == "fp32",
     )
 
 
