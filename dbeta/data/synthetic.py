@@ -83,9 +83,9 @@ def _make(seed: int, ids: ndarray) -> tuple[ndarray, ndarray, list[str]]:
     anatomy = draw_anatomy(Draws(seed, 0, ids // RECORDS_PER_SUBJECT), draws)
     rhythm = draw_rhythm(severity, draws)
     walls = np.floor(len(WALLS) * draws.many(3)).astype(np.int64)
-    # Half of the hypertrophied hearts show strain; not where it would be read as another label's ST or T change.
+    # Most hypertrophied hearts show strain; not where it would be read as another label's ST or T change.
     repolarisation = severity[:, [COLUMN["STE"], COLUMN["STD"], COLUMN["TINV"]]].any(1)
-    strain = np.where(repolarisation | (draws.uniform() < 0.5), 0, severity[:, COLUMN["LVH"]].astype(np.float64))
+    strain = np.where(repolarisation | (draws.uniform() < 0.35), 0, severity[:, COLUMN["LVH"]].astype(np.float64))
 
     groups = beat_waves(severity, anatomy, rhythm, walls, strain, draws)
     beats = [rhythm.beats.where(which) for which in (rhythm.kind == 1, rhythm.kind < 2, rhythm.kind == 2)]
@@ -108,7 +108,7 @@ def _make(seed: int, ids: ndarray) -> tuple[ndarray, ndarray, list[str]]:
     weights = np.concatenate([heart_leads(severity, anatomy) @ dipoles, drift], 2).astype(np.float32)
     leads = weights @ activity[:, :, inside]
     hiss = read_pool(noise, draws.many(8))
-    hiss *= (0.011 * draws.factor(0.45)[:, None] * draws.factor(0.3, 8))[..., None].astype(np.float32)
+    hiss *= (0.013 * draws.factor(0.3)[:, None] * draws.factor(0.3, 8))[..., None].astype(np.float32)
     leads += hiss
 
     words, rate = draws.many(48), np.rint(60 / rhythm.interval).astype(int)

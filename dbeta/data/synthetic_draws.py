@@ -8,7 +8,7 @@ LABELS = (*RHYTHMS, "1AVB", "RBBB", "LBBB", "PVC", "LVH", "STE", "STD", "TINV", 
 COLUMN = {label: column for column, label in enumerate(LABELS)}
 
 RHYTHM_SHARES = (0.36, 0.16, 0.16, 0.17, 0.15)
-FINDING_SHARES = (0.22, 0.33, 0.29, 0.16)  # of 0, 1, 2, 3 conditions besides the rhythm
+FINDING_SHARES = (0.17, 0.33, 0.32, 0.18)  # of 0, 1, 2, 3 conditions besides the rhythm
 EXCLUSIVE = (
     ("RBBB", "LBBB"), ("LBBB", "LVH"), ("LBBB", "STE"), ("LBBB", "STD"), ("LBBB", "TINV"),  # not readable in LBBB
     ("LVH", "LVOLT"), ("STE", "STD"), ("AFIB", "1AVB"), ("AFLT", "1AVB"),

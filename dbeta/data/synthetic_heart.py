@@ -50,13 +50,13 @@ def draw_anatomy(subject: Draws, record: Draws) -> Anatomy:
         frontal=np.radians(16 * subject.normal(1)[:, 0] + 3 * record.normal(1)[:, 0]),
         horizontal=np.radians(11 * subject.normal(1)[:, 0] + 3 * record.normal(1)[:, 0]),
         leads=subject.factor(0.10, 8) * record.factor(0.03, 8),
-        voltage=subject.factor(0.16) * record.factor(0.04),
+        voltage=subject.factor(0.14) * record.factor(0.04),
         p_wave=0.75 * subject.factor(0.18) * record.factor(0.05),
         t_wave=subject.factor(0.22) * record.factor(0.08),
         septal=subject.factor(0.35),
         basal=subject.factor(0.25),
         qrs=subject.factor(0.06),
-        pr=subject.uniform(0.125, 0.185),
+        pr=subject.uniform(0.125, 0.175),
         qt=subject.factor(0.04),
     )
 
@@ -149,7 +149,7 @@ def beat_waves(
     right, left, hypertrophy = of["RBBB"], of["LBBB"], of["LVH"]
     is_right, is_left, is_inverted = (right > 0) * 1.0, (left > 0) * 1.0, (of["TINV"] > 0) * 1.0
     slow = np.cbrt(rhythm.interval / 0.8)  # Fridericia
-    low = np.where(of["LVOLT"] > 0, 0.52 - 0.27 * of["LVOLT"], 1.0)
+    low = np.where(of["LVOLT"] > 0, 0.46 - 0.22 * of["LVOLT"], 1.0)
     tall = np.where(hypertrophy > 0, 1.6 + 0.9 * hypertrophy, 1.0)
     # P and T shrink less than QRS: the encoder normalises each channel, so only ratios tell low voltage apart.
     qrs, soft = anatomy.voltage * low * tall, low**0.25
@@ -161,8 +161,8 @@ def beat_waves(
         return point(*one) + share[:, None] * (point(*other) - point(*one))
 
     # P: right atrium, then left.
-    pr = np.minimum(anatomy.pr * slow**0.7, 0.192)
-    pr = np.where(of["1AVB"] > 0, np.clip(0.235 + 0.14 * of["1AVB"], 0.215, 0.65 * rhythm.interval), pr)
+    pr = np.minimum(anatomy.pr * slow**0.7, 0.185)
+    pr = np.where(of["1AVB"] > 0, np.clip(0.235 + 0.14 * of["1AVB"], 0.225, 0.68 * rhythm.interval), pr)
     p_wave = (anatomy.p_wave * soft)[:, None]
     onset = -0.042 * anatomy.qrs - pr
     atria = [

@@ -1,8 +1,9 @@
 """What a machine would write under a synthetic record, and the held-out prompts that ask for it again.
 
-A report names every condition of the record and no other one. Wording varies: several sentences per condition, options
-inside a sentence, degrees that follow the severity, the order of statements. In a sentence, ``[a|b|]`` is a choice and
-``{...}`` a finding; degrees are words that the severity selects.
+A report never names a condition that the record has not. Three of four name every condition; the rest are brief and
+name one, as a reader does who was asked one question (without them a text about one condition, which is what a prompt
+is, would be unlike every report). Wording varies: several sentences per condition, options inside a sentence, degrees
+that follow the severity, the order of statements. In a sentence, ``[a|b|]`` is a choice and ``{...}`` a finding.
 """
 
 import re
@@ -14,104 +15,101 @@ from dbeta.data.synthetic_draws import LABELS, RHYTHMS
 
 SENTENCES = {
     "SR": (
-        "[Normal |]sinus rhythm[ at {rate} per minute|||]",
-        "Sinus rhythm[, normal rate| with regular RR intervals|]",
-        "Regular sinus rhythm[, rate {rate}||]",
-        "Rhythm is [normal |]sinus[, rate normal|]",
-        "Rhythm: [regular |]sinus at a normal rate",
+        "Normal sinus rhythm[, rate {rate}||]",
+        "Sinus rhythm[ at a normal rate| with regular RR intervals|]",
+        "Regular sinus rhythm[, normal rate|]",
+        "Rhythm is [normal |regular ]sinus rhythm",
     ),
     "SBRAD": (
-        "[{grade} |]sinus bradycardia[ at {rate} per minute|||]",
-        "Sinus bradycardia[, slow rate| with slow ventricular rate|]",
-        "Slow sinus rhythm, bradycardia",
-        "Bradycardia, sinus rhythm[ with a slow rate|]",
-        "Rhythm is [{grade} |]sinus bradycardia[, rate {rate}|]",
+        "[{grade} |]sinus bradycardia[, rate {rate}||]",
+        "Sinus bradycardia[, slow rate|]",
+        "Slow sinus rate, bradycardia",
+        "Bradycardia[, slow sinus rate| of sinus origin]",
+        "Rhythm is [{grade} |]sinus bradycardia",
     ),
     "STACH": (
-        "[{grade} |]sinus tachycardia[ at {rate} per minute|||]",
-        "Sinus tachycardia[, fast rate| with rapid ventricular rate|]",
-        "Fast sinus rhythm, tachycardia",
-        "Tachycardia, sinus rhythm[ with a fast rate|]",
-        "Rhythm is [{grade} |]sinus tachycardia[, rate {rate}|]",
+        "[{grade} |]sinus tachycardia[, rate {rate}||]",
+        "Sinus tachycardia[, fast rate|]",
+        "Fast sinus rate, tachycardia",
+        "Tachycardia[, fast sinus rate| of sinus origin]",
+        "Rhythm is [{grade} |]sinus tachycardia",
     ),
     "AFIB": (
-        "Atrial fibrillation[ with {response} ventricular response| at {rate} per minute||]",
-        "[Coarse |Fine |]atrial fibrillation, [no P waves seen|P waves absent|irregular RR intervals]",
-        "Irregularly irregular rhythm[, no P waves|], atrial fibrillation",
-        "Irregular rhythm without P waves, [consistent with |suggests |]atrial fibrillation",
-        "Rhythm is atrial fibrillation[, irregular {response} ventricular rate|]",
-        "Fibrillation of the atria[ with {response} ventricular response|]",
+        "Atrial fibrillation[ with {response} response|, rate {rate}||]",
+        "[Coarse |Fine |]atrial fibrillation[, no P waves|, irregular RR intervals]",
+        "Irregular rhythm[, no P waves|], atrial fibrillation",
+        "Rhythm is atrial fibrillation[, irregular|]",
+        "Fibrillation of the atria[ with {response} response|]",
     ),
     "AFLT": (
-        "Atrial flutter[ with {conduction} conduction| at a ventricular rate of {rate}||]",
-        "Atrial flutter, [sawtooth flutter waves|{conduction} AV conduction]",
-        "Sawtooth flutter waves[ in inferior leads|], [consistent with |suggests |]atrial flutter",
+        "Atrial flutter[ with {conduction} conduction|, rate {rate}||]",
+        "Atrial flutter, [sawtooth flutter waves|{conduction} conduction]",
+        "Sawtooth flutter waves[, atrial flutter|]",
         "Rhythm is atrial flutter[ with {conduction} conduction|]",
         "Flutter of the atria[, {conduction} conduction|]",
     ),
     "1AVB": (
-        "1st degree A-V block",
-        "First degree AV block[ with long PR interval| with {grade} PR prolongation|]",
-        "[{grade} |]prolonged PR interval[, first degree AV block|]",
-        "[{grade} |]PR interval prolongation",
-        "First degree atrioventricular block[, prolonged PR interval|]",
+        "1st degree A-V block[, prolonged PR interval|]",
+        "First degree AV block[ with long PR interval| with {grade} PR prolongation]",
+        "[{grade} |]prolonged PR interval, first degree AV block",
+        "Prolonged PR interval[, 1st degree AV block|]",
+        "AV block of first degree, prolonged PR",
     ),
     "RBBB": (
-        "[Complete |]right bundle branch block",
-        "RBBB[ with wide QRS|, right bundle branch block|]",
-        "Right bundle branch block[ pattern| with {grade} QRS widening|, wide QRS complex]",
-        "Wide QRS, right bundle branch block",
-        "Conduction delay, right bundle branch block[ type|]",
+        "[Complete |]right bundle branch block[, RBBB|]",
+        "RBBB, right bundle branch block",
+        "Right bundle branch block[, RBBB pattern| with wide QRS]",
+        "[{grade} |]QRS widening, RBBB, right bundle branch block",
+        "Block of right bundle branch, RBBB",
     ),
     "LBBB": (
-        "[Complete |]left bundle branch block",
-        "LBBB[ with wide QRS|, left bundle branch block|]",
-        "Left bundle branch block[ pattern| with {grade} QRS widening|, wide QRS complex]",
-        "Wide QRS, left bundle branch block",
-        "Conduction delay, left bundle branch block[ type|]",
+        "[Complete |]left bundle branch block[, LBBB|]",
+        "LBBB, left bundle branch block",
+        "Left bundle branch block[, LBBB pattern| with wide QRS]",
+        "[{grade} |]QRS widening, LBBB, left bundle branch block",
+        "Block of left bundle branch, LBBB",
     ),
     "PVC": (
-        "[{often} |]ventricular premature complexes",
-        "[{often} |]premature ventricular complexes[ seen|]",
-        "[{often} |]PVCs[, premature ventricular complexes|]",
-        "[{often} |]premature ventricular beats[, wide QRS|]",
-        "[{often} |]ventricular ectopy, premature ventricular beats",
-        "[{often} |]ventricular premature beats",
+        "[{often} |]ventricular premature complexes[, PVCs|]",
+        "[{often} |]premature ventricular complexes[, ectopy|]",
+        "[{often} |]PVCs, premature complexes",
+        "[{often} |]premature ventricular beats[, PVCs|]",
+        "[{often} |]ectopy, premature beats",
     ),
     "LVH": (
-        "[{hedge} |]left ventricular hypertrophy{strain}",
-        "[{hedge} |]LVH[ by voltage|, high QRS voltage|]{strain}",
-        "Voltage criteria for left ventricular hypertrophy{strain}",
-        "High QRS voltage, left ventricular hypertrophy{strain}",
-        "Hypertrophy of the left ventricle[, high voltage|]{strain}",
+        "[{hedge} |]left ventricular hypertrophy[, LVH|]{strain}",
+        "[{hedge} |]LVH, left ventricular hypertrophy{strain}",
+        "Voltage criteria for hypertrophy, LVH{strain}",
+        "[{hedge} |]ventricular hypertrophy, LVH{strain}",
+        "Hypertrophy of left ventricle, LVH{strain}",
     ),
     "STE": (
-        "[{grade} |]{wall0} ST elevation",
-        "[{grade} |]ST elevation in {wall0} leads[, consider acute injury|]",
-        "ST segment elevation, {wall0}[, acute injury|]",
-        "Elevated ST segments in {wall0} leads",
-        "{wall0} injury, [{grade} |]ST segment elevation",
+        "[{grade} |]{wall0} ST elevation[, acute injury|]",
+        "[{grade} |]ST elevation in {wall0} leads[, injury|]",
+        "ST segment elevation, acute {wall0} injury",
+        "Elevated ST segment, ST elevation",
+        "Acute {wall0} injury, ST elevation",
     ),
     "STD": (
-        "[{grade} |]{wall1} ST depression",
-        "[{grade} |]ST depression in {wall1} leads[, consider ischemia|]",
-        "ST segment depression, {wall1}[, ischemia|]",
-        "Depressed ST segments in {wall1} leads",
-        "{wall1} ischemia, [{grade} |]ST segment depression",
+        "[{grade} |]{wall1} ST depression[, ischemia|]",
+        "[{grade} |]ST depression in {wall1} leads[, ischemia|]",
+        "ST segment depression, {wall1} ischemia",
+        "Depressed ST segment, ST depression",
+        "Ischemia, {wall1} ST depression",
     ),
     "TINV": (
-        "[{grade} |]{wall2} T wave inversion",
-        "[{grade} |]T wave inversion in {wall2} leads[, consider ischemia|]",
-        "Inverted T waves[ in {wall2} leads|]",
-        "T waves inverted, {wall2}[, T wave abnormality|]",
-        "{wall2} T wave abnormality, inverted T waves",
+        "[{grade} |]{wall2} T wave inversion[, inverted T waves|]",
+        "T wave inversion in {wall2} leads",
+        "Inverted T waves[, T wave inversion|]",
+        "T waves inverted, {wall2} T wave inversion",
+        "{wall2} T wave inversion, T waves inverted",
     ),
     "LVOLT": (
-        "[{grade} |]low voltage[ QRS|]",
-        "Low QRS voltage[ in all leads| in limb and chest leads|]",
-        "Generalized low voltage[, low QRS amplitude|]",
-        "Low voltage[ in limb and chest leads| throughout|]",
-        "Low amplitude QRS complexes, [{grade} |]low voltage",
+        "[{grade} |]low voltage[, low amplitude QRS|]",
+        "Low QRS voltage[, low amplitude in all leads|]",
+        "Generalized low voltage[, low amplitude QRS|]",
+        "Low voltage throughout[, low amplitude|]",
+        "Low amplitude QRS, low voltage",
     ),
 }
 NORMAL = ("Normal ECG", "Within normal limits", "Normal ECG, no abnormality seen", "Normal tracing")
@@ -124,76 +122,80 @@ GRADES = (("mild", "slight", "minor"), ("moderate", "definite"), ("marked", "sev
 FREQUENCIES = (("occasional", "isolated"), ("intermittent", "several"), ("frequent", "multiple"))
 HEDGES = (("possible", "probable", "consider"), ("probable", "moderate"), ("definite", "marked"))
 
+BRIEF_SHARE = 0.25  # of reports that name one finding only
+ORDERED_SHARE = 0.55  # of reports that name the rhythm first
+CONCLUDED_SHARE = 0.4  # of the other reports that end with a conclusion
+
 PROMPTS = {
     "SR": (
-        "Normal sinus rhythm with a regular normal rate",
-        "Sinus rhythm: regular RR intervals, normal sinus rate",
-        "Regular normal sinus rhythm seen",
+        "Sinus rhythm: regular RR intervals, normal rate",
+        "Normal sinus rhythm, regular rhythm",
+        "Regular normal sinus rhythm",
     ),
     "SBRAD": (
-        "Sinus bradycardia: sinus rhythm at a slow rate",
-        "Bradycardia, slow sinus rate",
-        "Bradycardia with slow ventricular rate, sinus",
+        "Sinus bradycardia: bradycardia with a slow rate",
+        "Bradycardia with slow rate",
+        "Slow rhythm, marked bradycardia",
     ),
     "STACH": (
-        "Sinus tachycardia: sinus rhythm at a fast rate",
-        "Tachycardia, fast sinus rate",
-        "Tachycardia with rapid ventricular rate, sinus",
+        "Sinus tachycardia: tachycardia with a fast rate",
+        "Tachycardia with fast rate",
+        "Fast rhythm, marked tachycardia",
     ),
     "AFIB": (
-        "Atrial fibrillation: irregularly irregular ventricular rate, P waves absent",
-        "Fibrillation of the atria, irregular rhythm without P waves",
-        "Irregular RR intervals and no P waves, fibrillation",
+        "Atrial fibrillation: irregular RR intervals, fibrillation of the atria",
+        "Fibrillation, irregular RR intervals, no P waves",
+        "Irregular atrial fibrillation",
     ),
     "AFLT": (
-        "Atrial flutter: sawtooth waves of the atria",
-        "Flutter waves, sawtooth, in inferior leads",
-        "Sawtooth flutter of the atria with AV conduction",
+        "Atrial flutter: sawtooth flutter of the atria",
+        "Flutter waves, sawtooth flutter",
+        "Sawtooth atrial flutter with conduction",
     ),
     "1AVB": (
-        "First degree AV block: long PR interval",
-        "Atrioventricular block, first degree, with PR prolongation",
-        "Long PR interval, prolonged AV conduction of first degree",
+        "First degree AV block: PR interval prolonged",
+        "AV block with PR prolongation, first degree",
+        "Long PR interval, AV block of 1st degree",
     ),
     "RBBB": (
-        "Right bundle branch block: wide QRS complex, right conduction delay",
-        "Block of the right bundle branch with wide QRS complexes",
-        "Conduction delay in the right bundle branch",
+        "Right bundle branch block (RBBB) with wide QRS, complete",
+        "Block in the right bundle branch, right bundle block",
+        "RBBB: wide QRS, right bundle",
     ),
     "LBBB": (
-        "Left bundle branch block: wide QRS complex, left conduction delay",
-        "Block of the left bundle branch with wide QRS complexes",
-        "Conduction delay in the left bundle branch",
+        "Left bundle branch block (LBBB) with wide QRS, complete",
+        "Block in the left bundle branch, left bundle block",
+        "LBBB: wide QRS, left bundle",
     ),
     "PVC": (
-        "Premature ventricular complexes: wide ventricular ectopy",
-        "Ectopy: premature beats of the ventricle, wide QRS",
-        "Ventricular premature complexes seen, PVCs",
+        "Premature ventricular complexes (PVCs), ectopy",
+        "Ectopy with premature beats, PVCs",
+        "PVCs: ventricular premature beats",
     ),
     "LVH": (
-        "Left ventricular hypertrophy: high voltage criteria",
-        "Hypertrophy of left ventricle by high QRS voltage",
-        "LVH, voltage criteria for hypertrophy",
+        "Left ventricular hypertrophy (LVH), voltage criteria",
+        "Hypertrophy of the left ventricle",
+        "LVH: ventricular hypertrophy",
     ),
     "STE": (
-        "ST elevation: elevated ST segments, acute injury",
-        "Elevation of the ST segment, injury",
-        "Acute injury with elevated ST segment in leads",
+        "ST elevation: elevated ST segment with acute injury",
+        "Elevation of ST segment, ST elevation",
+        "Injury with ST elevation",
     ),
     "STD": (
-        "ST depression: depressed ST segments, ischemia",
-        "Depression of the ST segment, ischemia",
-        "Ischemia with depressed ST segment in leads",
+        "ST depression: depressed ST segment with ischemia",
+        "Depression of ST segment, ST depression",
+        "Ischemia with ST depression",
     ),
     "TINV": (
         "T wave inversion: inverted T waves in leads",
-        "Inversion of the T wave, inverted T",
-        "T wave abnormality with T waves inverted",
+        "Inversion of T waves, T waves inverted",
+        "T wave inversion in all leads",
     ),
     "LVOLT": (
-        "Low voltage: low amplitude QRS complexes in limb leads",
-        "Low amplitude of QRS, low voltage in chest leads",
-        "Low QRS amplitude throughout, generalized",
+        "Low voltage: low amplitude QRS in all leads",
+        "Low amplitude, generalized low QRS voltage",
+        "QRS of low voltage, low amplitude",
     ),
 }
 
@@ -219,13 +221,15 @@ def write_report(severity: ndarray, rate: int, walls: list[str], strain: float, 
         "rate": rate,
         "response": "rapid" if rate > 110 else "slow" if rate < 70 else "controlled",
         "conduction": f"{conduction} to 1" if conduction else "variable",
-        "strain": _pick(("", " with repolarization abnormality", " with strain pattern")[1:], draws) if strain else "",
+        "strain": _pick((" with repolarization abnormality", " with strain pattern"), draws) if strain else "",
     } | {f"wall{i}": wall for i, wall in enumerate(walls)}
     present = [(label, float(s)) for label, s in zip(LABELS, severity, strict=True) if s]
+    if next(draws) > ORDERED_SHARE:  # a machine names the rhythm first, but any finding may lead
+        present = [finding for _, finding in sorted((next(draws), finding) for finding in present)]
     statements = [_sentence(_pick(SENTENCES[label], draws), s, facts, draws) for label, s in present]
-    if next(draws) < 0.45:  # a machine names the rhythm first; elsewhere any statement may lead
-        statements = [statement for _, statement in sorted((next(draws), statement) for statement in statements)]
-    if next(draws) < 0.6:
+    if next(draws) < BRIEF_SHARE:
+        statements = [_pick(statements, draws)]
+    elif next(draws) < CONCLUDED_SHARE:
         statements.append(_pick(_conclusions(present), draws))
     return ". ".join(statement[0].upper() + statement[1:] for statement in statements)
 
@@ -233,7 +237,7 @@ def write_report(severity: ndarray, rate: int, walls: list[str], strain: float, 
 def _conclusions(present: list[tuple[str, float]]) -> tuple[str, ...]:
     """What sums up these findings."""
     found = [s for label, s in present if label not in RHYTHMS]
-    rhythm = present[0][0]
+    rhythm = next(label for label, _ in present if label in RHYTHMS)
     if not found and rhythm in ("SR", "SBRAD", "STACH"):
         return NORMAL if rhythm == "SR" else RATE_ONLY
     return BORDERLINE if rhythm == "SR" and sum(found) < 0.4 else ABNORMAL

@@ -15,7 +15,7 @@ V1, V5 = 6, 10
 
 # How a reader recognises each condition in a report, written apart from the sentences that make one.
 ANCHORS = {
-    "SR": r"sinus(?!.*(brady|tachy))(?<!slow sinus)(?<!fast sinus)",
+    "SR": r"sinus rhythm",
     "SBRAD": r"bradycardia",
     "STACH": r"tachycardia",
     "AFIB": r"fibrillation",
@@ -23,7 +23,7 @@ ANCHORS = {
     "1AVB": r"(first|1st) degree|pr (interval )?prolong|prolonged pr",
     "RBBB": r"right bundle|rbbb",
     "LBBB": r"left bundle|lbbb",
-    "PVC": r"premature ventricular|ventricular premature|pvc",
+    "PVC": r"premature|pvc",
     "LVH": r"hypertrophy|lvh",
     "STE": r"st (segment )?elevation|elevated st",
     "STD": r"st (segment )?depression|depressed st",
@@ -233,16 +233,19 @@ def test_no_label_is_one_fixed_cue(batch):
         assert np.quantile(alike, 0.9) < 0.97 and np.std(alike) > 0.05, label
 
 
-def test_reports_name_exactly_the_labels(batch):
+def test_reports_are_true_and_three_of_four_complete(batch):
+    complete = []
     for report, labels in zip(batch.reports, batch.labels, strict=True):
         sentences = [re.sub(r"[^a-z0-9 ]", "", sentence.lower()) for sentence in report.split(". ")]
         named = {label for label, anchor in ANCHORS.items() if any(re.search(anchor, s) for s in sentences)}
-        if {"SBRAD", "STACH"} & named:
-            named.discard("SR")
-        assert named == set(labels), (report, labels)
+        assert named <= set(labels), (report, labels)
+        if len(labels) > 1:
+            complete.append(named == set(labels))
+            assert complete[-1] or (len(named) == len(sentences) == 1), (report, labels)
         normal = any(s.startswith(("normal ecg", "within normal", "normal tracing")) for s in sentences)
         assert not (normal and set(labels) - {"SR", "SBRAD", "STACH"}), report
-    assert len(set(batch.reports)) > 0.8 * len(batch.reports)
+    assert 0.70 < np.mean(complete) < 0.80
+    assert len(set(batch.reports)) > 0.7 * len(batch.reports)
     assert max(len(report.split()) for report in batch.reports) < 60
 
 
