@@ -6,6 +6,7 @@ OUT/results.csv results.json results.png   one row per figure, beside the paper'
     segments/  5 s segments for fine-tuning;  figures/  ROC curves and t-SNE
 """
 
+import copy
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ class Options:
     patients: Path | None = None  # ptbxl_database.csv, for identification on the challenge's records
     annotations: Path | None = None  # CODE-test's annotations, for the human readers of Table 5
     epochs: int | None = None  # of probe, fine-tuning and identification; None: the paper's
+    lr: float | None = None  # of fine-tuning and identification; None: the paper's, which suit the full-size network
+    untrained: bool = False  # the same network with random weights: what training is worth is the difference
     bootstrap: int = 1000
     figures: bool = True  # ROC curves and t-SNE of the test features
     device: str = "auto"
@@ -70,7 +73,8 @@ class Evaluation:
         size = sum(parameter.numel() for parameter in self.model.parameters())
         self.device = next(self.model.parameters()).device
         small = f"smoke-size model ({size / 1e6:.1f} M parameters): meaningless as a measurement"
-        self.warning = small if size < FULL_SIZE else ""
+        untrained = "untrained network" if self.options.untrained else ""
+        self.warning = "; ".join(note for note in (untrained, small if size < FULL_SIZE else "") if note)
 
     def datasets(self, *, trainable: bool = False) -> list[tuple["Corpus", Dataset]]:
         """Every chosen label set that a corpus can answer."""
@@ -140,7 +144,7 @@ def evaluate(
             f"{', '.join(unknown)}: accepted are tasks {', '.join(TASKS)}, all; lead sets {', '.join(LEAD_SETS)}"
         )
     corpora = find_corpora(Path(data))
-    evaluation = Evaluation(model=_load(model, options.device), corpora=corpora, out=Path(out), options=options)
+    evaluation = Evaluation(model=_load(model, options), corpora=corpora, out=Path(out), options=options)
     found: list[Result] = []
     problems: list[str] = []
     for name in chosen:
@@ -187,10 +191,18 @@ def find_corpora(data: Path) -> dict[str, "Corpus"]:
     return dict(zip(sources, opened))
 
 
-def _load(model: "DBeta | str | Path", device: str) -> "DBeta":
+def _load(model: "DBeta | str | Path", options: Options) -> "DBeta":
+    import torch
+
     from dbeta.models.dbeta import DBeta
     from dbeta.runtime import resolve_device
 
     if isinstance(model, str | Path):
         model = DBeta.from_pretrained(model)
-    return model.to(resolve_device(device)).eval()
+    if options.untrained:
+        announce("--untrained: the network is evaluated with random weights")
+        model = copy.deepcopy(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seeds[0])
+            model.reset_parameters()
+    return model.to(resolve_device(options.device)).eval()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from dbeta.data.corpus import Corpus
     from dbeta.evaluation.metrics import AucTable
     from dbeta.evaluation.results import Result
 
@@ -66,6 +67,14 @@ def draw_ecg(
     if title:
         ax.text(width - EDGE / 2, height - 3.5, title, fontsize=8, color=INK, ha="right")
     return ax.figure
+
+
+def draw_pair(corpus: "Corpus", record: int) -> "Figure":
+    """A record with its report above it (Fig. 4). The report may be credentialed text: draw it only where asked to."""
+    from dbeta.evaluation.signals import record_mv
+
+    text = corpus.reports[int(corpus.column("report", np.array([record]))[0])]
+    return draw_ecg(record_mv(corpus, record), title=text if len(text) <= 150 else text[:149] + "…")
 
 
 def _paper(ax: "Axes", width: float, height: float) -> None:

@@ -10,6 +10,7 @@ from dbeta.evaluation.cinc import ChallengeWeights
 from dbeta.evaluation.datasets import Dataset
 from dbeta.evaluation.experts import expert_tables
 from dbeta.evaluation.finetune import DX, finetune
+from dbeta.evaluation.fitting import FitConfig
 from dbeta.evaluation.identify import ID, identify, identities
 from dbeta.evaluation.linear_probe import ProbeConfig, measure, train_probes
 from dbeta.evaluation.metrics import AucTable, macro_auc, percentile_interval
@@ -20,7 +21,7 @@ from dbeta.evaluation.signals import LEAD_SETS, SegmentStore, corpus_checksum
 
 if TYPE_CHECKING:
     from dbeta.data.corpus import Corpus
-    from dbeta.evaluation.evaluate import Evaluation
+    from dbeta.evaluation.evaluate import Evaluation, Options
 
 SIX = ("ptbxl-super", "ptbxl-sub", "ptbxl-form", "ptbxl-rhythm", "cpsc2018", "csn")  # the average of Table 3
 PAPER_FINETUNE = ("cinc2021", "synthetic")  # what `all` fine-tunes: Table 1's set and the built-in one
@@ -104,7 +105,7 @@ def linear_probe(run: "Evaluation", found: list[Result], *, thorough: bool) -> l
 def fine_tune(run: "Evaluation", found: list[Result], *, thorough: bool) -> list[Result]:
     """Table 1, Dx.: the whole ECG encoder, for each lead set."""
     results, options = [], run.options
-    config = replace(DX, seed=options.seeds[0], epochs=options.epochs or DX.epochs)
+    config = _fit_config(DX, options)
     for corpus, dataset in run.datasets(trainable=True):
         labels = dataset.labels
         if not thorough and labels.key not in PAPER_FINETUNE and not options.sets:
@@ -147,7 +148,7 @@ def fine_tune(run: "Evaluation", found: list[Result], *, thorough: bool) -> list
 def identification(run: "Evaluation", found: list[Result], *, thorough: bool) -> list[Result]:
     """Table 1, Id.: whose ECG is it, for each lead set."""
     results, options, problems = [], run.options, []
-    config = replace(ID, seed=options.seeds[0], epochs=options.epochs or ID.epochs)
+    config = _fit_config(ID, options)
     for source, corpus in run.corpora.items():
         try:
             people = identities(corpus, options.patients, seed=options.seeds[0])
@@ -216,6 +217,10 @@ RUN = {
     "identify": identification,
     "shift": shift,
 }
+
+
+def _fit_config(paper: FitConfig, options: "Options") -> FitConfig:
+    return replace(paper, seed=options.seeds[0], epochs=options.epochs or paper.epochs, lr=options.lr or paper.lr)
 
 
 def _zero_shot_scores(run: "Evaluation", corpus: "Corpus", dataset: Dataset, leads: str) -> np.ndarray:
