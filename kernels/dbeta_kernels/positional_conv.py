@@ -88,11 +88,12 @@ def _positional_conv_backward(
     """d_x and d_weight."""
     taps = weight.shape[-1]
     packed, starts = _pack(x, groups, taps, _before(taps)), _starts(x, taps, keep)
+    grouped = _group_major(weight, groups)
     if kernel:
-        d_x = _input_gradient(d_out, x, weight, keep, groups)
-        d_taps = conv_kernels.taps_gradient(packed, starts, d_out, _group_major(weight, groups))
+        d_x = _input_gradient(d_out, x, grouped, taps, keep)
+        d_taps = conv_kernels.taps_gradient(packed, starts, d_out, grouped)
     else:
-        d_packed, d_taps = _gradients_cpu(packed, starts, d_out.flatten(0, 1), _group_major(weight, groups))
+        d_packed, d_taps = _gradients_cpu(packed, starts, d_out.flatten(0, 1), grouped)
         d_padded = d_packed.view(groups, len(x), x.shape[1] + taps - 1, d_packed.shape[-1])
         d_x = d_padded[:, :, _before(taps) :][:, :, : x.shape[1]].permute(1, 2, 0, 3).flatten(2).contiguous()
     return d_x, d_taps.unflatten(1, (taps, -1)).permute(0, 3, 2, 1).flatten(0, 1).contiguous()
@@ -119,14 +120,13 @@ def _backward(ctx, d_out):
 torch.library.register_autograd("dbeta::positional_conv", _backward, setup_context=_setup_context)
 
 
-def _input_gradient(d_out: Tensor, x: Tensor, weight: Tensor, keep: Tensor | None, groups: int) -> Tensor:
+def _input_gradient(d_out: Tensor, x: Tensor, grouped: Tensor, taps: int, keep: Tensor | None) -> Tensor:
     """d_x by ``conv_kernel``: d_out in its place among zeros, the taps reversed, input and output channels swapped."""
-    taps = weight.shape[-1]
     if keep is not None:
         d_out = torch.zeros_like(x).scatter_(1, keep[..., None].expand_as(d_out), d_out)
-    packed = _pack(d_out, groups, taps, taps - 1 - _before(taps))
-    swapped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(-1)
-    return conv_kernels.windows_times(packed, _starts(x, taps, None), _group_major(swapped, groups), None).view_as(x)
+    packed = _pack(d_out, len(grouped), taps, taps - 1 - _before(taps))
+    turned = grouped.unflatten(1, (taps, -1)).flip(1).mT.flatten(1, 2)
+    return conv_kernels.windows_times(packed, _starts(x, taps, None), turned.contiguous(), None).view_as(x)
 
 
 # The form for the CPU: the windows of one group and some rows at a time are copied out, for a BLAS.
@@ -182,7 +182,8 @@ def positional_conv(
         bias: [D].
         keep: int64 [B,P] positions, in any order, without repetition; None computes all T.
         groups: number of groups.
-        backend: auto, fused or reference; ``launch.use_kernel``. Without a kernel, auto takes the form for the CPU.
+        backend: auto, fused or reference; ``launch.use_kernel``. Without a kernel, auto takes the form for the CPU,
+            which is the dense convolution for all positions.
 
     Returns:
         [B,P,D] ([B,T,D] without ``keep``), before the GELU.
@@ -197,10 +198,12 @@ def positional_conv(
         return reference(x, weight, bias, keep, groups=groups)
     x, weight, bias = (t.to(dtype).contiguous() for t in (x, weight, bias))
     kernel = use_kernel(backend, x)
-    keep = None if keep is None else keep.contiguous()
-    # a CPU sums half precision badly
+    # A CPU sums half precision badly.
     inner = dtype if kernel else torch.promote_types(dtype, torch.float32)
     with torch.autocast(device, enabled=False):
+        if keep is None and not kernel:
+            return reference(x.to(inner), weight.to(inner), bias.to(inner), groups=groups).to(dtype)
+        keep = None if keep is None else keep.contiguous()
         return _positional_conv(x.to(inner), weight.to(inner), bias.to(inner), keep, groups, kernel).to(dtype)
 
 
@@ -290,16 +293,15 @@ register(
             "wrong group": Mutant(_CONV, "group.to(tl.int64) * group_size", "0", "two paper groups"),
             "last row of d_weight lost": Mutant(_WEIGHT, "mask=(row < rows)", "mask=(row < rows - 1)", "ragged"),
             "rows of d_weight lost": Mutant(_WEIGHT, "range(0, rows, BLOCK_K)", "range(0, 1, BLOCK_K)", "many rows"),
-            "taps not reversed": Mutant("_input_gradient", ".flip(-1)", "", "odd taps"),
+            "taps not reversed": Mutant("_input_gradient", ".flip(1)", "", "odd taps"),
             "padding of the output": Mutant(
                 "_input_gradient", "taps - 1 - _before(taps)", "_before(taps)", "many rows"
             ),
-            "channels not swapped": Mutant("_input_gradient", ".transpose(1, 2)", "", "two paper groups"),
+            "channels not swapped": Mutant("_input_gradient", ".mT", "", "two paper groups"),
             "padding at the end": Mutant("_before", "taps // 2", "taps - 1", "many rows"),
         },
         aot=conv_kernels.AOT,
         flops=_flops,
         bytes=_bytes,
-        peers={"dense conv1d": reference},
     )
 )
