@@ -97,8 +97,8 @@ class Evaluation:
                 announce(note)
         return self.loaded[key]
 
-    def run(self, name: str, key: dict[str, Any], work: Work) -> list[Result]:
-        """A unit of work, unless it is done."""
+    def unit(self, name: str, key: dict[str, Any], work: Work) -> list[Result]:
+        """The results of a piece of work, which is done unless it was done before."""
         whole = key | {"unit": name, "model": self.features.checksum, "bootstrap": self.options.bootstrap}
         return self.units.get(name, whole, work)
 
@@ -149,7 +149,7 @@ def evaluate(
     problems: list[str] = []
     for name in chosen:
         try:
-            found += tasks.RUN[name](evaluation, found, thorough=task != "all")
+            found += tasks.RUN[name](evaluation, everything=task == "all")
         except ValueError as error:
             if task != "all":
                 raise

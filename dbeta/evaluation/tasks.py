@@ -1,8 +1,10 @@
-"""The five tasks of the evaluation, each from data sets to results."""
+"""The five tasks of the evaluation, each from data sets to results; every ``_unit`` is one piece of kept work."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +13,8 @@ from dbeta.evaluation.datasets import Dataset
 from dbeta.evaluation.experts import expert_tables
 from dbeta.evaluation.finetune import DX, finetune
 from dbeta.evaluation.fitting import FitConfig
-from dbeta.evaluation.identify import ID, identify, identities
+from dbeta.evaluation.identify import ID, Identities, identify, identities
+from dbeta.evaluation.label_sets import SPLITS
 from dbeta.evaluation.linear_probe import ProbeConfig, measure, train_probes
 from dbeta.evaluation.metrics import AucTable, macro_auc, percentile_interval
 from dbeta.evaluation.prompts import load_prompts
@@ -26,217 +29,50 @@ if TYPE_CHECKING:
 SIX = ("ptbxl-super", "ptbxl-sub", "ptbxl-form", "ptbxl-rhythm", "cpsc2018", "csn")  # the average of Table 3
 PAPER_FINETUNE = ("cinc2021", "synthetic")  # what `all` fine-tunes: Table 1's set and the built-in one
 SEGMENT_S = 5.0  # of identification
+Done = tuple[list[Result], dict[str, Any]]
 
 
-def zero_shot(run: "Evaluation", found: list[Result], *, thorough: bool) -> list[Result]:
-    """Tables 3 and 5 (and 12, 13): every label set by its prompts alone."""
+# --- zero-shot: Tables 3 and 5 (and 12, 13) --------------------------------------------------------------------------
+
+
+def zero_shot(run: "Evaluation", *, everything: bool) -> list[Result]:
+    """Every label set by its prompts alone."""
     results = []
     for corpus, dataset in run.datasets():
+        prompts = load_prompts(dataset.labels, run.options.prompts)
         for leads in run.options.leads or ("12",):
-            prompts = load_prompts(dataset.labels, run.options.prompts)
             key = run.key(corpus, dataset) | {"leads": leads, "prompts": prompts}
-
-            def work(scratch, corpus=corpus, dataset=dataset, leads=leads):
-                scores = _zero_shot_scores(run, corpus, dataset, leads)
-                rows = dataset.splits["test"]
-                table = macro_auc(
-                    scores, rows.targets, dataset.labels.labels, groups=rows.groups, bootstrap=run.options.bootstrap
-                )
-                if run.options.figures:
-                    _draw(run, corpus, dataset, leads, scores, table)
-                fields = run.fields("zero-shot", dataset, leads=leads, prompts=run.options.prompts)
-                return [from_table(table, **fields)], class_details(table)
-
-            results += run.run(f"zero-shot-{dataset.labels.key}-{leads}", key, work)
+            unit = partial(_zero_shot_unit, run, corpus, dataset, leads, prompts)
+            results += run.unit(f"zero-shot-{dataset.labels.key}-{leads}", key, unit)
     if run.options.annotations is not None:
-        results += _experts(run)
+        tables = expert_tables(run.options.annotations, bootstrap=run.options.bootstrap)
+        results += [
+            from_table(table, task="experts", dataset=name, title=f"CODE-test, {name}", records=827)
+            for name, table in tables.items()
+        ]
     return results + _average(results)
 
 
-def linear_probe(run: "Evaluation", found: list[Result], *, thorough: bool) -> list[Result]:
-    """Table 2: a linear layer on frozen features at several shares of the training records, several seeds."""
-    results, options = [], run.options
-    config = ProbeConfig(epochs=options.epochs) if options.epochs else ProbeConfig()
-    for corpus, dataset in run.datasets(trainable=True):
-        for leads in options.leads or ("12",):
-            key = run.key(corpus, dataset) | {"leads": leads, "config": asdict(config), "seeds": options.seeds}
-            for fraction in options.fractions:
-
-                def work(scratch, corpus=corpus, dataset=dataset, leads=leads, fraction=fraction):
-                    parts = {
-                        split: run.features.features(
-                            corpus, rows.records, leads=leads, window_s=dataset.labels.window_s
-                        )
-                        for split, rows in dataset.splits.items()
-                    }
-                    rows = dataset.splits
-                    probes = train_probes(
-                        (parts["train"], rows["train"].targets),
-                        (parts["validation"], rows["validation"].targets),
-                        fraction=fraction, seeds=options.seeds, config=config, device=run.device,
-                    )  # fmt: skip
-                    names = dataset.labels.labels
-                    tables = measure(
-                        probes, parts["test"], rows["test"].targets, names,
-                        groups=rows["test"].groups, bootstrap=options.bootstrap,
-                    )  # fmt: skip
-                    fields = run.fields("linear-probe", dataset, leads=leads, fraction=fraction)
-                    single = [from_table(t, **fields, seed=p.seed) for p, t in zip(probes, tables)]
-                    low, high = percentile_interval(np.concatenate([table.replicas for table in tables]))
-                    interval = {"low": as_json(low), "high": as_json(high)}
-                    mean = replace(single[0], seed=None, value=_mean(r.value for r in single), **interval)
-                    details = {
-                        str(probe.seed): {
-                            "epoch": probe.epoch,
-                            "validation_auc": probe.validation_auc,
-                            "records": probe.records,
-                            "classes_without_a_training_positive": [names[index] for index in probe.unseen],
-                            "classes": class_details(table),
-                        }
-                        for probe, table in zip(probes, tables)
-                    }
-                    return [mean, *single], details
-
-                name = f"linear-probe-{dataset.labels.key}-{leads}-{100 * fraction:g}"
-                results += run.run(name, key | {"fraction": fraction}, work)
-    return results
+def _zero_shot_unit(
+    run: "Evaluation", corpus: "Corpus", dataset: Dataset, leads: str, prompts: dict[str, tuple[str, ...]], _: Path
+) -> Done:
+    scores, rows = _zero_shot_scores(run, corpus, dataset, leads, prompts), dataset.splits["test"]
+    names = dataset.labels.labels
+    table = macro_auc(scores, rows.targets, names, groups=rows.groups, bootstrap=run.options.bootstrap)
+    if run.options.figures:
+        _draw(run, corpus, dataset, leads, scores, table)
+    fields = run.fields("zero-shot", dataset, leads=leads, prompts=run.options.prompts)
+    return [from_table(table, **fields)], class_details(table)
 
 
-def fine_tune(run: "Evaluation", found: list[Result], *, thorough: bool) -> list[Result]:
-    """Table 1, Dx.: the whole ECG encoder, for each lead set."""
-    results, options = [], run.options
-    config = _fit_config(DX, options)
-    for corpus, dataset in run.datasets(trainable=True):
-        labels = dataset.labels
-        if not thorough and labels.key not in PAPER_FINETUNE and not options.sets:
-            continue
-        weights, sinus = None, -1
-        if labels.key == "cinc2021":
-            if options.scoring is None:
-                raise ValueError("fine-tuning on cinc2021 needs --scoring DIR with the challenge's weights.csv")
-            weights = ChallengeWeights.read(options.scoring).ordered_as(labels)
-            sinus = labels.labels.index("NSR")
-        for leads in options.leads or tuple(LEAD_SETS):
-            key = run.key(corpus, dataset) | {"leads": leads, "config": asdict(config), "weights": str(weights)}
-
-            def work(scratch, corpus=corpus, dataset=dataset, leads=leads, weights=weights, sinus=sinus):
-                name = dataset.labels.key
-                stores = {
-                    split: SegmentStore.build(
-                        corpus, rows.records, dataset.labels.window_s, run.out / "segments" / f"{name}-{split}.i16"
-                    )
-                    for split, rows in dataset.splits.items()
-                }
-                done = finetune(
-                    run.model, dataset, stores, scratch, leads=leads, weights=weights, sinus=sinus, config=config,
-                    bootstrap=options.bootstrap,
-                )  # fmt: skip
-                fields = run.fields("finetune", dataset, leads=leads) | {"records": done.segments["test"]}
-                rows = [from_table(done.auc, **fields)]
-                if done.score is not None:
-                    low, high = done.interval
-                    scored = replace(
-                        rows[0], metric="CinC 2021 score", value=done.score, low=low, high=high, left_out=""
-                    )
-                    rows.insert(0, scored)
-                return rows, {"epoch": done.epoch, "segments": done.segments, "classes": class_details(done.auc)}
-
-            results += run.run(f"finetune-{labels.key}-{leads}", key, work)
-    return results
-
-
-def identification(run: "Evaluation", found: list[Result], *, thorough: bool) -> list[Result]:
-    """Table 1, Id.: whose ECG is it, for each lead set."""
-    results, options, problems = [], run.options, []
-    config = _fit_config(ID, options)
-    for source, corpus in run.corpora.items():
-        try:
-            people = identities(corpus, options.patients, seed=options.seeds[0])
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        pairs = {"train": people.train, "validation": people.validation, "test": people.test}
-        for leads in options.leads or tuple(LEAD_SETS):
-            key = {"corpus": corpus_checksum(corpus), "people": repr(pairs), "leads": leads, "config": asdict(config)}
-
-            def work(scratch, corpus=corpus, source=source, people=people, leads=leads):
-                named = {*people.train, *(r for pair in (*people.validation, *people.test) for r in pair)}
-                records = np.array(sorted(named), np.int64)
-                store = SegmentStore.build(corpus, records, SEGMENT_S, run.out / "segments" / f"identify-{source}.i16")
-                done = identify(
-                    run.model, people, store, scratch, leads=leads, config=config, bootstrap=options.bootstrap
-                )
-                few = f"{done.patients} patients, chance {done.chance:.4f}"
-                note = "; ".join(part for part in (run.warning, few) if part)
-                low, high = done.interval
-                return [
-                    Result(
-                        task="identify", dataset=source, title="Physionet2021-Id." if source == "cinc2021" else source,
-                        metric="top-1 accuracy", leads=leads, value=done.accuracy, low=low, high=high,
-                        records=done.patients, classes=done.patients, split=people.origin, note=note,
-                    )
-                ], {"epoch": done.epoch}  # fmt: skip
-
-            results += run.run(f"identify-{source}-{leads}", key, work)
-    if problems and not results:
-        raise ValueError("; ".join(problems))
-    return results
-
-
-def shift(run: "Evaluation", found: list[Result], *, thorough: bool) -> list[Result]:
-    """Tables 4 and 11: zero-shot on the target's classes that match the source's."""
-    results = []
-    for corpus, dataset in run.datasets():
-        labels, prompts = dataset.labels, None
-        for source, target in PAIRS:
-            if target != labels.key:
-                continue
-            prompts = prompts or load_prompts(labels, run.options.prompts)
-            key = run.key(corpus, dataset) | {"source": source, "prompts": prompts}
-
-            def work(scratch, corpus=corpus, dataset=dataset, source=source, target=target):
-                scores, rows = _zero_shot_scores(run, corpus, dataset, "12"), dataset.splits["test"]
-                table = shift_table(
-                    scores, rows.targets, dataset.labels.labels, source, target,
-                    groups=rows.groups, bootstrap=run.options.bootstrap,
-                )  # fmt: skip
-                fields = run.fields("shift", dataset, prompts=run.options.prompts)
-                fields |= {"dataset": f"{source}>{target}", "title": f"{source} > {target}"}
-                return [from_table(table, **fields)], class_details(table)
-
-            results += run.run(f"shift-{source}-{target}", key, work)
-    if not results:
-        raise ValueError("shift needs a corpus of ptb-xl, cpsc2018 or csn")
-    return results
-
-
-RUN = {
-    "zero-shot": zero_shot,
-    "linear-probe": linear_probe,
-    "finetune": fine_tune,
-    "identify": identification,
-    "shift": shift,
-}
-
-
-def _fit_config(paper: FitConfig, options: "Options") -> FitConfig:
-    return replace(paper, seed=options.seeds[0], epochs=options.epochs or paper.epochs, lr=options.lr or paper.lr)
-
-
-def _zero_shot_scores(run: "Evaluation", corpus: "Corpus", dataset: Dataset, leads: str) -> np.ndarray:
+def _zero_shot_scores(
+    run: "Evaluation", corpus: "Corpus", dataset: Dataset, leads: str, prompts: dict[str, tuple[str, ...]]
+) -> np.ndarray:
     """Raw dot products of test features and prompt features, float32 [N, C]."""
-    prompts = load_prompts(dataset.labels, run.options.prompts)
-    ecg = run.features.features(corpus, dataset.splits["test"].records, leads=leads, window_s=dataset.labels.window_s)
+    records, window_s = dataset.splits["test"].records, dataset.labels.window_s
+    ecg = run.features.features(corpus, records, leads=leads, window_s=window_s)
     encode = lambda text: run.model.encode_text([text])[0].float().cpu().numpy()  # noqa: E731, each text alone
     return ecg @ np.stack([np.mean([encode(text) for text in texts], 0) for texts in prompts.values()]).T
-
-
-def _experts(run: "Evaluation") -> list[Result]:
-    tables = expert_tables(run.options.annotations, bootstrap=run.options.bootstrap)
-    return [
-        from_table(table, task="experts", dataset=name, title=f"CODE-test, {name}", leads="12", records=827)
-        for name, table in tables.items()
-    ]
 
 
 def _average(results: list[Result]) -> list[Result]:
@@ -245,9 +81,8 @@ def _average(results: list[Result]) -> list[Result]:
     if len(six) < len(SIX):
         return []
     mean = _mean(result.value for result in six.values())
-    return [
-        replace(six["csn"], dataset="average", title="Average of six", value=mean, low=None, high=None, left_out="")
-    ]
+    none = {"low": None, "high": None, "left_out": "", "classes": 0}
+    return [replace(six["csn"], dataset="average", title="Average of six", value=mean, **none)]
 
 
 def _draw(
@@ -267,6 +102,185 @@ def _draw(
         figure.savefig(folder / f"tsne-{name}", dpi=130)
 
 
+# --- shift: Tables 4 and 11 ------------------------------------------------------------------------------------------
+
+
+def shift(run: "Evaluation", *, everything: bool) -> list[Result]:
+    """Zero-shot on the target's classes that match the source's."""
+    results = []
+    for corpus, dataset in run.datasets():
+        for source, target in PAIRS:
+            if target == dataset.labels.key:
+                prompts = load_prompts(dataset.labels, run.options.prompts)
+                key = run.key(corpus, dataset) | {"source": source, "prompts": prompts}
+                unit = partial(_shift_unit, run, corpus, dataset, source, prompts)
+                results += run.unit(f"shift-{source}-{target}", key, unit)
+    if not results:
+        raise ValueError("shift needs a corpus of ptb-xl, cpsc2018 or csn")
+    return results
+
+
+def _shift_unit(
+    run: "Evaluation", corpus: "Corpus", dataset: Dataset, source: str, prompts: dict[str, tuple[str, ...]], _: Path
+) -> Done:
+    scores, rows = _zero_shot_scores(run, corpus, dataset, "12", prompts), dataset.splits["test"]
+    options = {"groups": rows.groups, "bootstrap": run.options.bootstrap}
+    table = shift_table(scores, rows.targets, dataset.labels.labels, source, dataset.labels.key, **options)
+    fields = run.fields("shift", dataset, prompts=run.options.prompts)
+    fields |= {"dataset": f"{source}>{dataset.labels.key}", "title": f"{source} > {dataset.labels.key}"}
+    return [from_table(table, **fields)], class_details(table)
+
+
+# --- linear probe: Table 2 -------------------------------------------------------------------------------------------
+
+
+def linear_probe(run: "Evaluation", *, everything: bool) -> list[Result]:
+    """A linear layer on frozen features at several shares of the training records, several seeds."""
+    results, options = [], run.options
+    config = ProbeConfig(epochs=options.epochs) if options.epochs else ProbeConfig()
+    for corpus, dataset in run.datasets(trainable=True):
+        for leads in options.leads or ("12",):
+            for fraction in options.fractions:
+                key = {"leads": leads, "config": asdict(config), "seeds": options.seeds, "fraction": fraction}
+                unit = partial(_probe_unit, run, corpus, dataset, leads, fraction, config)
+                name = f"linear-probe-{dataset.labels.key}-{leads}-{100 * fraction:g}"
+                results += run.unit(name, run.key(corpus, dataset) | key, unit)
+    return results
+
+
+def _probe_unit(
+    run: "Evaluation", corpus: "Corpus", dataset: Dataset, leads: str, fraction: float, config: ProbeConfig, _: Path
+) -> Done:
+    options, names = run.options, dataset.labels.labels
+    features = {
+        split: run.features.features(corpus, rows.records, leads=leads, window_s=dataset.labels.window_s)
+        for split, rows in dataset.splits.items()
+    }
+    train, validation = ((features[split], dataset.splits[split].targets) for split in SPLITS[:2])
+    probes = train_probes(
+        train, validation, fraction=fraction, seeds=options.seeds, config=config, device=run.device
+    )  # fmt: skip
+    test = dataset.splits["test"]
+    tables = measure(
+        probes, features["test"], test.targets, names, groups=test.groups, bootstrap=options.bootstrap
+    )  # fmt: skip
+    fields = run.fields("linear-probe", dataset, leads=leads, fraction=fraction)
+    single = [from_table(table, **fields, seed=probe.seed) for probe, table in zip(probes, tables)]
+    # The interval of the mean over seeds: resamples of all of them, so it holds the spread over seeds too.
+    low, high = percentile_interval(np.concatenate([table.replicas for table in tables]))
+    mean = _mean(result.value for result in single)
+    details = {
+        str(probe.seed): {
+            "epoch": probe.epoch,
+            "validation_auc": probe.validation_auc,
+            "records": probe.records,
+            "classes_without_a_training_positive": [names[index] for index in probe.unseen],
+            "classes": class_details(table),
+        }
+        for probe, table in zip(probes, tables)
+    }
+    return [replace(single[0], seed=None, value=mean, low=as_json(low), high=as_json(high)), *single], details
+
+
+# --- fine-tuning and identification: Table 1 -------------------------------------------------------------------------
+
+
+def fine_tune(run: "Evaluation", *, everything: bool) -> list[Result]:
+    """Diagnosis with the whole ECG encoder, for each lead set."""
+    results, options, config = [], run.options, _fit_config(DX, run.options)
+    for corpus, dataset in run.datasets(trainable=True):
+        labels, weights = dataset.labels, None
+        if everything and labels.key not in PAPER_FINETUNE and not options.sets:
+            continue
+        if labels.key == "cinc2021":
+            if options.scoring is None:
+                raise ValueError("fine-tuning on cinc2021 needs --scoring DIR with the challenge's weights.csv")
+            weights = ChallengeWeights.read(options.scoring).ordered_as(labels)
+        for leads in options.leads or tuple(LEAD_SETS):
+            key = run.key(corpus, dataset) | {"leads": leads, "config": asdict(config), "weights": str(weights)}
+            unit = partial(_finetune_unit, run, corpus, dataset, leads, weights, config)
+            results += run.unit(f"finetune-{labels.key}-{leads}", key, unit)
+    return results
+
+
+def _finetune_unit(
+    run: "Evaluation",
+    corpus: "Corpus",
+    dataset: Dataset,
+    leads: str,
+    weights: np.ndarray | None,
+    config: FitConfig,
+    scratch: Path,
+) -> Done:
+    folder, labels = run.out / "segments", dataset.labels
+    stores = {
+        split: SegmentStore.build(corpus, rows.records, labels.window_s, folder / f"{labels.key}-{split}.i16")
+        for split, rows in dataset.splits.items()
+    }
+    sinus = labels.labels.index("NSR") if weights is not None else -1
+    done = finetune(
+        run.model, dataset, stores, scratch, leads=leads, weights=weights, sinus=sinus, config=config,
+        bootstrap=run.options.bootstrap,
+    )  # fmt: skip
+    fields = run.fields("finetune", dataset, leads=leads) | {"records": done.segments["test"]}
+    results = [from_table(done.auc, **fields)]
+    if done.score is not None:
+        low, high = done.interval
+        scored = {"metric": "CinC 2021 score", "value": done.score, "low": low, "high": high, "left_out": ""}
+        results.insert(0, replace(results[0], **scored))
+    return results, {"epoch": done.epoch, "segments": done.segments, "classes": class_details(done.auc)}
+
+
+def identification(run: "Evaluation", *, everything: bool) -> list[Result]:
+    """Whose ECG is it, for each lead set."""
+    results, problems, options, config = [], [], run.options, _fit_config(ID, run.options)
+    for source, corpus in run.corpora.items():
+        try:
+            people = identities(corpus, options.patients, seed=options.seeds[0])
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        pairs = repr([people.train, people.validation, people.test])
+        for leads in options.leads or tuple(LEAD_SETS):
+            key = {"corpus": corpus_checksum(corpus), "people": pairs, "leads": leads, "config": asdict(config)}
+            unit = partial(_identify_unit, run, corpus, people, leads, config)
+            results += run.unit(f"identify-{source}-{leads}", key, unit)
+    if problems and not results:
+        raise ValueError("; ".join(problems))
+    return results
+
+
+def _identify_unit(
+    run: "Evaluation", corpus: "Corpus", people: Identities, leads: str, config: FitConfig, scratch: Path
+) -> Done:
+    named = {*people.train, *(record for pair in (*people.validation, *people.test) for record in pair)}
+    path = run.out / "segments" / f"identify-{corpus.source}.i16"
+    store = SegmentStore.build(corpus, np.array(sorted(named), np.int64), SEGMENT_S, path)
+    done = identify(run.model, people, store, scratch, leads=leads, config=config, bootstrap=run.options.bootstrap)
+    chance = f"{done.patients} patients, chance {100 * done.chance:.2f} %"
+    result = Result(
+        task="identify", dataset=corpus.source, leads=leads, metric="top-1 accuracy",
+        title="Physionet2021-Id." if corpus.source == "cinc2021" else corpus.source,
+        value=done.accuracy, low=as_json(done.interval[0]), high=as_json(done.interval[1]),
+        records=done.patients, classes=done.patients, split=people.origin,
+        note="; ".join(note for note in (run.warning, chance) if note),
+    )  # fmt: skip
+    return [result], {"epoch": done.epoch}
+
+
+def _fit_config(paper: FitConfig, options: "Options") -> FitConfig:
+    return replace(paper, seed=options.seeds[0], epochs=options.epochs or paper.epochs, lr=options.lr or paper.lr)
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     known = list(values)
     return None if None in known else float(np.mean(known))
+
+
+RUN = {
+    "zero-shot": zero_shot,
+    "linear-probe": linear_probe,
+    "finetune": fine_tune,
+    "identify": identification,
+    "shift": shift,
+}
