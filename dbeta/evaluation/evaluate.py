@@ -10,7 +10,7 @@ import copy
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 
@@ -52,6 +52,12 @@ class Options:
     untrained: bool = False  # the same network with random weights: what training is worth is the difference
     bootstrap: int = 1000
     figures: bool = True  # ROC curves and t-SNE of the test features
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """From a command line, where None and () mean the default."""
+        return cls(**{name: value for name, value in given.items() if value is not None and value != ()})
+
     device: str = "auto"
 
 

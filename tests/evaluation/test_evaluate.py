@@ -85,6 +85,10 @@ def test_comparison_is_made_only_with_the_same_case():
     assert "+3.70" in text and "76.30 T3" in text and text.count("not run") == 7
 
 
+def test_options_of_a_command_line():
+    assert Options.of(splits=None, leads=(), epochs=3) == Options(epochs=3)
+
+
 def test_mistakes_are_named(model, synthetic, tmp_path):
     with pytest.raises(ValueError, match="accepted are tasks zero-shot"):
         evaluate("zeroshot", model, synthetic.path, tmp_path)
