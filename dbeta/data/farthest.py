@@ -128,12 +128,13 @@ def resolve_engine(engine: Engine, queries: Tensor, keys: Tensor, k: int) -> str
     probe, among = queries[:256], keys[: max(65_536, k)]
     if len(queries) <= len(probe):
         return "faiss"  # over before a measurement would be
-    times = {}
-    for name, (search, _) in ENGINES.items():
-        search(probe[:8], among, k)  # first use: libraries load, buffers are made
-        start = time.perf_counter()
-        search(probe, among, k)[0][0, 0].item()
-        times[name] = time.perf_counter() - start
+    times = dict.fromkeys(ENGINES, float("inf"))
+    for turn in range(4):  # in turns, the best of each: another process must not decide
+        for name, (search, _) in ENGINES.items():
+            start = time.perf_counter()
+            search(probe if turn else probe[:8], among, k)[0][0, 0].item()  # at first: libraries load, buffers are made
+            if turn:
+                times[name] = min(times[name], time.perf_counter() - start)
     best = min(times, key=times.get)
     if len(keys) > len(among):
         shown = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
