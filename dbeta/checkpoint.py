@@ -9,9 +9,7 @@ A folder is written under a temporary name, synced and renamed, so one that carr
 manifest shows if it was damaged afterwards. ``latest`` then falls back to the one before, and says so.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dbeta.files import file_digest, put_in_place, sync_file
 from dbeta.runtime import announce
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -42,14 +41,13 @@ def save(
         save_file(_moments(model, optimizer), partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(partial.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(partial.iterdir())
         }
         (partial / "manifest.json").write_text(json.dumps(files, indent=1))
         for path in partial.iterdir():
-            _sync(path)
+            sync_file(path)
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _sync(folder)
+        put_in_place(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -83,7 +81,7 @@ def damage(path: Path) -> str | None:
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, the manifest says {expected['bytes']}"
-            if _digest(path / name) != expected["sha256"]:
+            if file_digest(path / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
         missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - set(files)
         return f"{', '.join(sorted(missing))} not listed in the manifest" if missing else None
@@ -103,7 +101,7 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
         moments = load_file(path / "optimizer.safetensors") if optimizer else {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
-    check_shapes(weights, _tensors(model.state_dict()), f"checkpoint {path}")
+    check_shapes(weights, model.state_dict(), f"checkpoint {path}")
     model.load_state_dict(weights)
     if optimizer:
         for name, parameter in model.named_parameters():
@@ -140,16 +138,3 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         for key, value in optimizer.state.get(parameter, {}).items():
             entries[f"{name}:{key}"] = value.detach().contiguous().cpu()
     return entries
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

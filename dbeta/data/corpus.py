@@ -10,7 +10,6 @@
 Millivolts are (adc - baseline) / gain; the lowest integer of the type marks an invalid sample.
 """
 
-import hashlib
 import json
 import os
 from functools import cached_property
@@ -21,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from dbeta.files import file_digest
 
 FORMAT, VERSION = "dbeta-corpus", 1
 SPLITS = ("train", "validation", "test")
@@ -179,11 +180,3 @@ class Corpus:
             return pq.read_table(self.path / file, columns=[column])[column].combine_chunks()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path / file} is damaged ({error}); prepare the corpus again") from None
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, or ``missing``."""
-    if not path.is_file():
-        return "missing"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

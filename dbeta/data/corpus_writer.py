@@ -12,7 +12,6 @@ import csv
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,10 +24,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dbeta.data.corpus import BUILDING, FORMAT, VERSION, file_digest
+from dbeta.data.corpus import BUILDING, FORMAT, VERSION
 from dbeta.data.pool import WorkerPool
 from dbeta.data.records import Record, Rejection
-from dbeta.data.shards import ShardWriter, number_shard, put_in_place, write_whole
+from dbeta.data.shards import ShardWriter, number_shard
+from dbeta.files import file_digest, put_in_place, sync_file, write_whole
 
 SHARD_RECORDS = 1000
 PART = pa.schema(
@@ -297,6 +297,5 @@ def _write_parquet(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) ->
     with pq.ParquetWriter(partial, schema) as writer:
         for table in tables:
             writer.write_table(table)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(partial)
     put_in_place(partial, path)

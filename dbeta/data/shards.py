@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dbeta.data.corpus import file_digest
+from dbeta.files import file_digest, write_whole
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -72,26 +72,6 @@ def number_shard(path: Path, first: int, offsets: np.ndarray, sizes: np.ndarray)
     return {
         "name": path.name, "records": len(offsets), "bytes": path.stat().st_size, "sha256": file_digest(path)
     }  # fmt: skip
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the whole of it or what was there before, even after a power cut."""
-    partial = path.with_name(f".{path.name}")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    put_in_place(partial, path)
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a finished file, durably."""
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _id_member(record: int) -> bytes:

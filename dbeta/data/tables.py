@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dbeta.files import put_in_place
+
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Write ``arrays`` and ``metadata`` to ``path``; a reader sees the old file or the whole new one, never a part."""
@@ -19,7 +21,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> No
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        put_in_place(Path(temporary), path)
     except BaseException:
         os.unlink(temporary)
         raise

@@ -1,0 +1,39 @@
+"""Files that are whole or absent: written aside, synced, renamed; and what tells a damaged one."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, or ``missing``."""
+    if not path.is_file():
+        return "missing"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the whole of it or what was there before, even after a power cut."""
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    put_in_place(partial, path)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a finished file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a finished file or folder, durably."""
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
