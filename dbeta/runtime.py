@@ -4,9 +4,10 @@ import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import torch
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 from dbeta.config import RuntimeConfig
 
+T = TypeVar("T")
 _announced: set[str] = set()
 
 
@@ -114,11 +116,22 @@ def _commit() -> str:
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with records/s and time left, on standard error; silent where that is not a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with _bar(_Rate(), TimeRemainingColumn()) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a bar that shows what is done, how much of it, and the time left; silent as ``progress``."""
+    size = len(items) if total is None and isinstance(items, Sized) else total
+    with _bar(TimeRemainingColumn(), transient=True) as bar:
+        yield from bar.track(items, total=size, description=what)
+
+
+def _bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
+    console = Console(stderr=True)
+    first = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*first, *columns, console=console, disable=not console.is_terminal, transient=transient)
 
 
 class _Rate(ProgressColumn):

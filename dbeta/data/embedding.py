@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from dbeta.data.hub import find_folder
 from dbeta.data.reports import TokenTable
 from dbeta.data.tokenizer import load_tokenizer
+from dbeta.runtime import track
 
 PAPER_ENCODER = "google/flan-t5-small"  # paper 3.4, 512 dimensions
 WEIGHTS = ("model.safetensors",)
@@ -74,10 +73,8 @@ def mean_token(model: torch.nn.Module, table: TokenTable, tokens_per_batch: int)
     ascending, order = table.lengths.cpu().sort(stable=True)
     batches = _batches(ascending.tolist(), tokens_per_batch)
     embedding = torch.empty(len(table), model.config.hidden_size, device=device)
-    console = Console(stderr=True)
-    bar = track(batches, "embedding", console=console, disable=not console.is_terminal, transient=True)
     with torch.inference_mode():
-        for first, last, longest in bar:
+        for first, last, longest in track(batches, "embedding"):
             rows = order[first:last].to(device)
             ids, mask = table.gather(rows, longest)
             states = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()

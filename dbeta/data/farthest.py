@@ -13,11 +13,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from dbeta.runtime import announce
+from dbeta.runtime import announce, track
 
 Engine = Literal["auto", "faiss", "torch"]
 GROUP = 128  # columns whose minimum decides together whether any of them can be among the smallest
@@ -43,9 +41,8 @@ def smallest_products(
     search, block = ENGINES[resolve_engine(engine, queries, keys, k)]
     rows = block(keys)
     starts = range(0, len(queries), rows)
-    console = Console(stderr=True)
     if what:
-        starts = track(starts, what, console=console, disable=not console.is_terminal, transient=True)
+        starts = track(starts, what)
     products = torch.empty(len(queries), k, device=keys.device)
     found = torch.empty(len(queries), k, dtype=torch.int64, device=keys.device)
     with _no_tf32():

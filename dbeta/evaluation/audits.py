@@ -16,7 +16,7 @@ import numpy as np
 
 from dbeta.evaluation.datasets import Rows, count_notes, read_published
 from dbeta.evaluation.label_sets import LabelSet, all_label_sets, label_set
-from dbeta.evaluation.progress import track
+from dbeta.runtime import track
 
 if TYPE_CHECKING:
     from dbeta.data.corpus import Corpus

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dbeta.evaluation.progress import track
 from dbeta.evaluation.signals import corpus_checksum, keep_leads, windows
+from dbeta.runtime import track
 
 if TYPE_CHECKING:
     from dbeta.data.corpus import Corpus

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dbeta import checkpoint
-from dbeta.evaluation.progress import track
+from dbeta.runtime import track
 
 
 @dataclass(frozen=True, kw_only=True)

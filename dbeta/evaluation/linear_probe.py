@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dbeta.evaluation.metrics import AucTable, macro_auc
-from dbeta.evaluation.progress import track
+from dbeta.runtime import track
 
 SEEDS = (42, 43, 44)
 FRACTIONS = (0.01, 0.1, 1.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dbeta.data.records import LEADS
-from dbeta.evaluation.progress import track
+from dbeta.runtime import track
 
 if TYPE_CHECKING:
     from dbeta.data.corpus import Corpus
