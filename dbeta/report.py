@@ -137,12 +137,14 @@ def _reconstruction(validator: Any) -> str:
     from dbeta.evaluation.figures import draw_ecg
 
     raw, batch = validator.first_batch()
-    rebuilt = reconstruct(validator.model, batch, validator.whole_ecg(raw))
-    original, shown = validator.whole_ecg(raw)[0].cpu().numpy(), rebuilt[0].cpu().numpy()
-    return "".join(
-        f"<h3>{t}</h3>" + _image(draw_ecg(s))
-        for t, s in (("Original", original), ("Reconstructed from a quarter of it, half its leads masked", shown))
+    whole = validator.whole_ecg(raw)
+    rebuilt = reconstruct(validator.model, batch, whole)
+    config = validator.config
+    hidden = (
+        f"Reconstructed: {config.model.mask_ratio:.0%} of the patches and {1 - config.data.lead_keep_probability:.0%} "
     )
+    pairs = (("Original", whole), (hidden + "of the leads, on average, were hidden", rebuilt))
+    return "".join(f"<h3>{title}</h3>" + _image(draw_ecg(ecg[0].cpu().numpy())) for title, ecg in pairs)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class Stepper:
         if row >= self.config.optim.max_nonfinite:
             raise ArithmeticError(
                 f"the gradient was not finite for {int(row)} steps in a row (optim.max_nonfinite); the weights are "
-                "those before them. Lower optim.lr, set optim.clip=1, or look at the records with: dbeta doctor CORPUS"
+                "those before them. Lower optim.lr, or set optim.clip=1"
             )
         means = {name: value / self.counted for name, value in zip(names, values)}
         means["etm_accuracy"] = means.pop("etm_correct") * self.config.train.accumulate / self.config.train.batch
@@ -128,10 +128,10 @@ def train(
         load_text_weights(model, config.model.text_weights)
     model.to(device)
     stepper = Stepper(model, config, device)
-    validator = Validator(model, corpus, host_maker, config, device)
+    validator = Validator(model, corpus, host_maker, maker, config, device)
     loader = make_loader(
         corpus, split="train", batch=config.train.batch, seed=config.train.seed,
-        engine=config.data.engine, workers=config.data.workers,
+        engine=config.data.engine, workers=config.data.workers, device=device.type,
     )  # fmt: skip
     log = RunLog(out, config.train.steps)
     first, best = 0, {"score": float("-inf"), "step": 0}
@@ -148,16 +148,15 @@ def train(
     with log.progress(first) as progress:
         for done, batches, position in _batches(loader, host_maker, maker, config, device, first):
             torch.manual_seed(config.train.seed * 1_000_003 + done)  # dropout depends on the step alone
-            set_learning_rate(stepper.optimizer, learning_rate(done, config.train.steps, config.optim))
+            rate = learning_rate(done, config.train.steps, config.optim)
+            set_learning_rate(stepper.optimizer, rate)
             stepper.step(batches)
             done += 1
             progress(done)
             last = done == config.train.steps
             if done % config.train.log_every == 0 or last:
-                rate = (done - begun) * config.train.batch / (time.perf_counter() - started)
-                log.train(
-                    done, stepper.drain() | {"lr": learning_rate(done - 1, config.train.steps, config.optim)}, rate
-                )
+                records_per_s = (done - begun) * config.train.batch / (time.perf_counter() - started)
+                log.train(done, stepper.drain() | {"lr": rate}, records_per_s)
                 started, begun = time.perf_counter(), done
             if done % config.train.eval_every == 0 or last:
                 metrics = validator()

@@ -36,15 +36,22 @@ class Validator:
     Losses are those of training, lead masking and negatives included; features see all leads and no mask.
     """
 
-    def __init__(self, model: DBeta, corpus: Corpus, maker: BatchMaker, config: Config, device: torch.device):
+    def __init__(
+        self,
+        model: DBeta,
+        corpus: Corpus,
+        host_maker: BatchMaker,
+        maker: BatchMaker,
+        config: Config,
+        device: torch.device,
+    ):
         self.model, self.corpus, self.config, self.device = model, corpus, config, device
         ids = corpus.split_ids("validation")[: config.train.eval_records]
         if len(ids) == 0:
             announce("the corpus has no validation records: the training split is used for validation")
             ids = corpus.split_ids("train")[: config.train.eval_records]
         self.ids = ids
-        self.host_maker = maker
-        self.maker = maker.to(device)
+        self.host_maker, self.maker = host_maker, maker
         prompts = prompts_for(corpus)
         held = [set(labels) for labels in corpus.column("labels", ids)]
         self.names = [name for name in prompts if any(name in labels for labels in held)]
