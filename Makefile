@@ -41,6 +41,7 @@ $(VENV)/base: pyproject.toml constraints.txt $(wildcard csrc/*)
 
 $(VENV)/full: $(VENV)/base
 	$(PIP) --no-build-isolation --editable ".[faiss,dali,dev]"
+	$(BIN)/python -m dbeta_kernels.extension  # pip built before DALI was there
 	touch $@
 
 clean:

@@ -1,6 +1,7 @@
 """Philox4x32-10 against the published known answers (Random123), and what the draws promise."""
 
 import torch
+
 from dbeta_kernels import philox
 
 ONES = 0xFFFFFFFF
