@@ -41,14 +41,15 @@ def reference(
     patch: int = PATCH,
 ) -> Tensor:
     """``mem_loss`` in plain PyTorch; computes in float32, or in float64 where the prediction or signal is."""
-    mv = millivolts(signal, gain, baseline)
+    leads = signal.shape[1]
+    tokens = signal[..., : signal.shape[-1] // patch * patch].unflatten(-1, (-1, patch)).transpose(1, 2)  # [B,T,C,S]
+    target = tokens.gather(1, patches[..., None, None].expand(-1, -1, leads, patch))
+    gain, baseline = (None if x is None else x[:, None] for x in (gain, baseline))
+    target = millivolts(target, gain, baseline)
     if mean is not None:
-        mv = (mv - mean[..., None]) * rstd[..., None]
-    mv = mv.to(torch.promote_types(mv.dtype, prediction.dtype))
-    leads, samples = mv.shape[1:]
-    tokens = mv[..., : samples // patch * patch].unflatten(-1, (-1, patch)).transpose(1, 2).flatten(2)  # [B,T,C*S]
-    target = tokens.gather(1, patches[..., None].expand(-1, -1, leads * patch))
-    error = (prediction.to(mv.dtype) - target).square().sum((1, 2))
+        target = (target - mean[:, None, :, None]) * rstd[:, None, :, None]
+    target = target.to(torch.promote_types(target.dtype, prediction.dtype)).flatten(2)
+    error = (prediction.to(target.dtype) - target).square().sum((1, 2))
     weight = torch.ones_like(error) if rows_weight is None else rows_weight.to(error.dtype)
     count = weight.sum() * (prediction.shape[1] * leads * patch)
     return (weight * error).sum() / torch.where(count == 0, 1.0, count)
