@@ -145,6 +145,7 @@ class RuntimeConfig:
     attention: Literal["auto", "flash-attn", "sdpa-flash", "sdpa", "reference"] = "auto"
     removals: bool = True  # the exact removals of KERNELS section 1
     compile: bool = False
+    cuda_graphs: bool = True  # replay the compiled step as a CUDA graph, where there is a GPU
     deterministic: bool = False
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbeta import checkpoint
+from dbeta import checkpoint, compilation
 from dbeta.config import Config
 from dbeta.data.batch import Batch, BatchMaker
 from dbeta.data.corpus import Corpus
@@ -41,9 +41,11 @@ class Stepper:
         self.model, self.config, self.device = model, config, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config.optim)
-        self.losses = pretraining_losses
-        if config.runtime.compile:
-            self.losses = torch.compile(pretraining_losses, fullgraph=True, dynamic=False)
+        self.losses = compilation.compiled(pretraining_losses, config.runtime, device)
+        # Under CUDA graphs a gradient lies where the next micro-batch writes: micro-batches add up in tensors that stay.
+        self.keep_gradients = config.train.accumulate > 1 and compilation.uses_graphs(config.runtime, device)
+        for parameter in self.parameters if self.keep_gradients else ():
+            parameter.grad = torch.zeros_like(parameter)
         self.sums: dict[str, Tensor] = {}  # since the last log line, on the device
         self.counted = 0  # steps in these sums
         self.skipped = torch.zeros(2, device=device)  # [all, in a row right now]
@@ -61,7 +63,7 @@ class Stepper:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip, norm)
         self.optimizer.found_inf = bad  # the fused kernel leaves weights and moments alone where this is 1
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         self.skipped = torch.stack((self.skipped[0] + bad, (self.skipped[1] + bad) * bad))
         self._add("grad_norm", norm)
         self.counted += 1
@@ -171,6 +173,8 @@ def train(
                     out / "checkpoints", done, model, stepper.optimizer, state, config.train.keep_checkpoints
                 )
     loader.close()
+    if compiled := compilation.report():
+        announce(compiled)
     return write_report(out, config, log, validator, show_examples=show_examples)
 
 

@@ -74,7 +74,16 @@ def _plain(name: str, summary: str) -> None:
 _plain("attention", "Attention back-ends on the shapes of the network.")
 _plain("loader", "Records per second of the loaders.")
 _plain("negatives", "Embedding, search and draw of N3S negatives.")
-_plain("step", "One training step, dense and with exact removals.")
+
+
+@main.command()
+@_options
+@click.option("--workload", "workloads", multiple=True, help="real or uniformN (may be repeated).")
+@click.option("--provider", "providers", multiple=True, help="Only this one (may be repeated).")
+@click.option("--batch", type=click.IntRange(1), help="Records per step: 8, on a GPU 128.")
+def step(out, against, device, **options) -> None:
+    """One training step: dense, compiled, with exact removals, with kernels, and all of it."""
+    _run(["step"], out, against, device, **options)
 
 
 @main.command("all")

@@ -4,8 +4,9 @@ Workloads (DESIGN section 5): ``uniform40`` and ``uniform64`` give every report 
 from the quantiles of 10,720 real reports. Records are random integers: the step's time does not depend on their values.
 """
 
-import contextlib
 import dataclasses
+import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from dbeta.config import Config
 from dbeta.data.batch import Batch, BatchMaker, TextVocabulary
 from dbeta.data.loader import RawBatch
 from dbeta.data.reports import TokenTable
+from dbeta.losses import pretraining_losses
 from dbeta.models.dbeta import DBeta
 from dbeta.trainer import Stepper
+from dbeta_bench import roofline
 
 # Quantiles of the T5 tokens of 10,720 real PTB-XL reports.
 PERCENT = (0, 1, 5, 25, 50, 75, 90, 95, 99, 100)
@@ -27,12 +30,42 @@ LENGTHS = (1, 6, 10, 27, 41, 60, 76, 83, 96, 140)
 REPORTS = 1024
 
 # What each provider changes of the configuration; the reference optimiser is neither fused nor foreach.
+DENSE = {"kernels": "reference", "attention": "reference", "removals": False, "precision": "fp32"}
 PROVIDERS: dict[str, dict[str, Any]] = {
-    "reference": {"kernels": "reference", "attention": "reference", "removals": False, "precision": "fp32"},
+    "reference": DENSE,
     "compiled reference": {"kernels": "reference", "attention": "sdpa", "removals": False, "compile": True},
     "removals": {"kernels": "reference", "removals": True},
     "fused": {"kernels": "auto", "removals": True},
     "fused + compile": {"kernels": "auto", "removals": True, "compile": True},
+}
+
+
+def _conv_flops(x, weight, bias, keep, groups, kernel, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(out_shape[:-1]) * math.prod(weight)
+
+
+def _conv_backward_flops(d_out, x, weight, keep, groups, kernel, *_, **__) -> int:
+    rows = math.prod(d_out[:-1])
+    return 2 * (rows + (math.prod(x[:-1]) if kernel else rows)) * math.prod(weight)
+
+
+def _stem_flops(ecg, first, rest, *_, **__) -> int:
+    tokens = [ecg[0] * (ecg[2] >> layer + 1) for layer in range(1 + rest[0])]
+    return 2 * (tokens[0] * math.prod(first) + sum(tokens[1:]) * math.prod(rest[1:]))
+
+
+def _stem_backward_flops(d_out, ecg, first, rest, *_, **__) -> int:
+    """Per later layer its product again, d_weight and d_input; of the first its product again and d_weight."""
+    tokens = [ecg[0] * (ecg[2] >> layer + 1) for layer in range(1 + rest[0])]
+    return 4 * tokens[0] * math.prod(first) + 6 * sum(tokens[1:]) * math.prod(rest[1:])
+
+
+# Our own operators with matrix work, which torch cannot count.
+FORMULAS = {
+    torch.ops.dbeta.positional_conv: _conv_flops,
+    torch.ops.dbeta.positional_conv_backward: _conv_backward_flops,
+    torch.ops.dbeta.conv_stem: _stem_flops,
+    torch.ops.dbeta.conv_stem_backward: _stem_backward_flops,
 }
 
 
@@ -44,6 +77,12 @@ def workload(name: str) -> np.ndarray:
     if name.startswith("uniform") and name[7:].isdigit():
         return np.full(REPORTS, int(name[7:]))
     raise ValueError(f"workload {name!r}; accepted: real, uniform40, uniform64, uniform128 (any uniformN)")
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """The reference optimiser. Only the fused one can skip a step on the device, and the others refuse to be asked."""
+
+    found_inf = property(lambda self: None, lambda self, bad: None)
 
 
 class Bench:
@@ -60,7 +99,7 @@ class Bench:
         if provider == "reference":
             group = self.stepper.optimizer.param_groups[0]
             options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-            self.stepper.optimizer = torch.optim.AdamW(model.parameters(), **options, foreach=False, fused=False)
+            self.stepper.optimizer = PlainAdamW(model.parameters(), **options, foreach=False, fused=False)
         lengths = workload(name)
         generator = np.random.default_rng(1)
         vocab = config.model.text_vocab
@@ -87,14 +126,16 @@ class Bench:
         raw = RawBatch(records=records, adc=self.adc, gain=1000 * level, baseline=0 * level, signal=None)
         return self.maker.make(raw.to(self.device), self.done, self.rows.to(self.device), shape)
 
-    def step(self) -> dict[str, float]:
-        """Seconds of one whole step and of its batch."""
-        begun = self._now()
-        batch = self.batch()
-        made = self._now()
-        self.stepper.step([batch])
-        self.done += 1
-        return {"step_s": self._now() - begun, "data_s": made - begun}
+    def steps(self, count: int = 1) -> dict[str, float]:
+        """Mean seconds of ``count`` whole steps (waited for once, at the end) and of making their batches."""
+        begun, made = self._now(), 0.0
+        for _ in range(count):
+            before = time.perf_counter()
+            batch = self.batch()
+            made += time.perf_counter() - before
+            self.stepper.step([batch])
+            self.done += 1
+        return {"step_s": (self._now() - begun) / count, "data_s": made / count}
 
     def phases(self) -> dict[str, float]:
         """Seconds of data, forward, backward and optimiser, each waited for (so their sum is more than a step)."""
@@ -115,11 +156,11 @@ class Bench:
         return {f"{n}_s": b - a for n, a, b in zip(("data", "forward", "backward", "optimizer"), marks, marks[1:])}
 
     def executed_flops(self) -> float:
-        """FLOPs of forward and backward of one batch, matrix products and convolutions, as torch counts them."""
+        """FLOPs of forward and backward of one batch: matrix products, convolutions and the operators of FORMULAS."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        with FlopCounterMode(display=False) as counter:
-            losses = self.stepper.losses(self.stepper.model, self.batch(), self.config.loss)
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            losses = pretraining_losses(self.stepper.model, self.batch(), self.config.loss)
             losses.total.backward()
         self.stepper.optimizer.zero_grad(set_to_none=True)
         return float(counter.get_total_flops())
@@ -130,56 +171,115 @@ class Bench:
         return time.perf_counter()
 
 
+def dense_flops(bench: Bench) -> float:
+    """FLOPs of forward and backward of the dense network on the next batch of ``bench``; nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = bench.batch()
+    runtime = dataclasses.replace(bench.config.runtime, device="cpu", compile=False, **DENSE)
+    with FakeTensorMode() as mode:
+        model = DBeta(bench.config.model, runtime)
+        for field in dataclasses.fields(batch):
+            if isinstance(value := getattr(batch, field.name), torch.Tensor):
+                setattr(batch, field.name, mode.from_tensor(value.cpu()))
+        with FlopCounterMode(display=False) as counter:
+            pretraining_losses(model, batch, bench.config.loss).total.backward()
+    return float(counter.get_total_flops())
+
+
 def run(
     *,
     device: str = "cpu",
-    workloads: tuple[str, ...] = ("real", "uniform64"),
-    providers: tuple[str, ...] = ("reference", "removals"),
-    batch: int = 8,
+    workloads: tuple[str, ...] = (),
+    providers: tuple[str, ...] = (),
+    batch: int | None = None,
     alternations: int = 5,
     preset: str = "paper",
     overrides: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Rows of medians per workload and provider; providers take turns, so that a slow minute hits all alike.
+    """Rows of medians per workload and provider.
+
+    On a CPU providers take turns, so that a slow minute hits all alike. A GPU has a steady clock and no room for all of
+    them at once: there one follows the other, a time is the mean of 8 steps that the host does not wait for, and a
+    provider that does not fit in memory is named and left out.
 
     Args:
-        batch: records per step.
-        alternations: timed steps of each provider, after one that is not counted.
+        workloads: none: real and uniform64, and on a GPU also uniform40 and uniform128.
+        providers: none: reference and removals; on a GPU all.
+        batch: records per step; none: 8, on a GPU 128.
+        alternations: timed turns of each provider, after one that is not counted (it compiles).
         overrides: ``section.key=value`` of the configuration, as for ``dbeta-pretrain --set``.
+
+    Raises:
+        ValueError: an unknown workload or provider.
     """
     where = torch.device(device)
+    gpu = where.type == "cuda"
+    workloads = workloads or (("uniform40", "real", "uniform64", "uniform128") if gpu else ("real", "uniform64"))
+    providers = providers or (tuple(PROVIDERS) if gpu else ("reference", "removals"))
+    if unknown := [name for name in providers if name not in PROVIDERS]:
+        raise ValueError(f"provider {', '.join(unknown)}; accepted: {', '.join(PROVIDERS)}")
+    batch = batch or (128 if gpu else 8)
     config = Config.load(preset, [f"train.batch={batch}", f"runtime.device={device}", *overrides])
+    ceiling = roofline.measure(where).flops_per_s[torch.bfloat16 if gpu else torch.float32]
     rows = []
     for name in workloads:
-        benches = {provider: Bench(provider, name, config, where) for provider in providers}
-        times: dict[str, list[dict[str, float]]] = {provider: [] for provider in providers}
-        warm = {}
-        for provider, bench in benches.items():
-            warm[provider] = bench.step()["step_s"]
-        for _ in range(alternations):
-            for provider, bench in benches.items():
-                times[provider].append(bench.step())
-        base = statistics.median(t["step_s"] for t in times[providers[0]])
-        dense = benches["reference"].executed_flops() if "reference" in benches else None
-        for provider, bench in benches.items():
-            seconds = [t["step_s"] for t in times[provider]]
-            median = statistics.median(seconds)
-            row = {
-                "workload": name, "provider": provider, "batch": batch, "steps_per_s": 1 / median,
-                "records_per_s": batch / median, "step_s": median, "step_s_all": seconds, "ratio": median / base,
-                "first_step_s": warm[provider], "dense_flops": dense,
-            }  # fmt: skip
-            row |= bench.phases()
-            if not bench.config.runtime.compile:
-                row["executed_flops"] = bench.executed_flops()
-            if where.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                bench.step()
-                row["peak_bytes"] = torch.cuda.max_memory_allocated()
-            rows.append(row)
-            say(f"{name:10} {provider:20} {median:8.3f} s  {median / base:5.2f}x  {batch / median:8.1f} records/s")
-        del benches
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.empty_cache()
+        base = None
+        for group in [[p] for p in providers] if gpu else [list(providers)]:
+            try:
+                found = _measure(group, name, config, where, alternations, 8 if gpu else 1)
+            except torch.cuda.OutOfMemoryError:
+                say(f"{name:10} {group[0]:20} does not fit in memory")
+                continue
+            finally:
+                _release(where)
+            for row in found:
+                base = base or row["step_s"]
+                row |= {"ratio": row["step_s"] / base, "mfu": row["dense_flops"] / row["step_s"] / ceiling}
+                rows.append(row)
+                say(
+                    f"{name:10} {row['provider']:20} {row['step_s']:8.3f} s  {row['ratio']:5.2f}x  "
+                    f"{row['records_per_s']:8.1f} records/s  {row['mfu']:5.1%} of the bf16 ceiling"
+                    if gpu
+                    else f"{name:10} {row['provider']:20} {row['step_s']:8.3f} s  {row['ratio']:5.2f}x  "
+                    f"{row['records_per_s']:8.1f} records/s"
+                )
     return rows
+
+
+def _measure(
+    providers: list[str], name: str, config: Config, where: torch.device, alternations: int, steps: int
+) -> list[dict[str, Any]]:
+    """Rows of providers that take turns."""
+    benches = {provider: Bench(provider, name, config, where) for provider in providers}
+    times: dict[str, list[float]] = {provider: [] for provider in providers}
+    dense = dense_flops(next(iter(benches.values())))
+    warm = {provider: bench.steps(steps)["step_s"] * steps for provider, bench in benches.items()}
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(alternations):
+        for provider, bench in benches.items():
+            bench.done = 0  # the same batches again, so that no new shape has to be compiled
+            times[provider].append(bench.steps(steps)["step_s"])
+    peak = torch.cuda.max_memory_allocated() if where.type == "cuda" else None
+    rows = []
+    for provider, bench in benches.items():
+        median, batch = statistics.median(times[provider]), config.train.batch
+        row = {
+            "workload": name, "provider": provider, "batch": batch, "steps_per_s": 1 / median,
+            "records_per_s": batch / median, "step_s": median, "step_s_all": times[provider],
+            "first_steps_s": warm[provider], "dense_flops": dense, "peak_bytes": peak,
+        }  # fmt: skip
+        bench.done = 0
+        rows.append(row | bench.phases() | {"executed_flops": bench.executed_flops()})
+    return rows
+
+
+def _release(where: torch.device) -> None:
+    """Give back the memory of benches that are gone; compiled code holds on to theirs."""
+    torch.compiler.reset()
+    gc.collect()
+    if where.type == "cuda":
+        torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ not depend on the number of ranks, and the host can make the same draw without w
 ``BatchMaker.shape`` tells the padded text length and the number of MLM slots before the device has seen the batch.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +125,8 @@ class BatchMaker:
     def shape(self, records: Tensor, step: int, rows: Tensor, *, bucketed: bool) -> TextShape:
         """The shape of a batch's text, on the host: longest text, hidden tokens, all tokens.
 
-        ``bucketed`` rounds up, so that few static shapes occur (compilation, CUDA graphs).
+        ``bucketed`` rounds up, so that few static shapes occur (each is a graph of its own, see ``compilation``): the
+        slots follow from the tokens, with six standard deviations to spare, unless a draw needs still more.
         """
         shown, _ = self.texts(records, step, rows)
         lengths = self.tokens.lengths[shown]
@@ -133,9 +135,11 @@ class BatchMaker:
         slots = max(int(self.selected(ids, mask, step, rows).sum()), 1)
         if not bucketed:
             return TextShape(length=longest, slots=slots, tokens=tokens)
-        unit = 4 * len(records)
         length = next((t for t in TEXT_BUCKETS if t >= longest), longest)
-        return TextShape(length=length, slots=-(-slots // unit) * unit, tokens=-(-tokens // unit) * unit)
+        tokens = _round_up(tokens, 8 * len(records))
+        chance = self.loss.mlm_probability
+        usual = tokens * chance + 6 * (tokens * chance * (1 - chance)) ** 0.5
+        return TextShape(length=length, slots=_round_up(max(slots, usual), len(records)), tokens=tokens)
 
     def make(self, raw: RawBatch, step: int | Tensor, rows: Tensor, shape: TextShape) -> Batch:
         """The batch of ``raw`` (already on this maker's device) at ``step`` for the given global rows."""
@@ -171,3 +175,7 @@ class BatchMaker:
         chance = words[..., 0] * 2.0**-32
         replaced = torch.where(chance < self.loss.mlm_mask, self.vocabulary.mask, words[..., 1] % self.vocabulary.size)
         return torch.where(hidden & (chance < self.loss.mlm_mask + self.loss.mlm_random), replaced, ids)
+
+
+def _round_up(count: float, unit: int) -> int:
+    return math.ceil(count / unit) * unit

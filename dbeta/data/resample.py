@@ -10,9 +10,12 @@ so a constant stays constant everywhere. C++ and DALI read the same table (csrc/
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 RATE_HZ = 500
 CROSSINGS = 16
@@ -61,8 +64,10 @@ def inputs_for(outputs: int, rate_hz: float) -> int:
 
 
 @lru_cache(maxsize=32)
-def _matrix(rate_hz: float, samples: int) -> sparse.csr_array:
+def _matrix(rate_hz: float, samples: int) -> "sparse.csr_array":
     """The whole operation on ``samples`` inputs as a sparse matrix [outputs, samples], ends included."""
+    from scipy import sparse
+
     design = filter_table(rate_hz)
     outputs = -(-samples * design.up // design.down)
     place = np.arange(outputs) * design.down

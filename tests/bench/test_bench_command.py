@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 
 def test_commands_and_options():
     assert set(main.commands) == {*BENCHMARKS, "all"}
+    own = {"kernels": {"compile_only", "operators"}, "step": {"workloads", "providers", "batch"}}
     for name, command in main.commands.items():
-        own = {"compile_only", "operators"} if name == "kernels" else set()
-        assert {p.name for p in command.params} == {"out", "against", "device", *own}
+        assert {p.name for p in command.params} == {"out", "against", "device", *own.get(name, ())}
 
 
 def test_interleaved_providers_take_turns_and_are_ordered():
