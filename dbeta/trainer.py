@@ -42,7 +42,7 @@ class Stepper:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config.optim)
         self.losses = compilation.compiled(pretraining_losses, config.runtime, device)
-        # Under CUDA graphs a gradient lies where the next micro-batch writes: micro-batches add up in tensors that stay.
+        # Under CUDA graphs a gradient lies where the next micro-batch writes: they add up in tensors that stay.
         self.keep_gradients = config.train.accumulate > 1 and compilation.uses_graphs(config.runtime, device)
         for parameter in self.parameters if self.keep_gradients else ():
             parameter.grad = torch.zeros_like(parameter)

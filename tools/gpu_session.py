@@ -175,8 +175,8 @@ def training(rehearse: bool) -> Rows:
     steps, records = (6, 120) if rehearse else (TRAINED_STEPS, 1000)
     if not (out / "corpus" / "corpus.json").is_file():
         prepare("synthetic", None, out / "corpus", limit=records, workers=min(8, os.cpu_count() or 1))
-    common = [f"train.steps={steps}", "train.log_every=2", f"train.eval_every={steps}", f"train.checkpoint_every={steps}",
-              "train.eval_records=32", "train.batch=32", f"runtime.device={'cpu' if rehearse else 'cuda'}"]  # fmt: skip
+    common = [f"train.{name}={steps}" for name in ("steps", "eval_every", "checkpoint_every")]
+    common += ["train.log_every=2", "train.eval_records=32", f"runtime.device={'cpu' if rehearse else 'cuda'}"]
     ways = {
         "fp32 reference": ("precision=fp32", "kernels=reference", "attention=reference", "removals=false"),
         "bf16 compiled": ("precision=bf16", f"compile={str(not rehearse).lower()}"),

@@ -61,8 +61,21 @@ def evaluate(function: Callable, inputs: Inputs, differentiable: tuple[str, ...]
     return results
 
 
-def check(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, *, backend: str = "fused", paper: bool = False) -> None:
+def check(
+    spec: KernelSpec,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    *,
+    backend: str = "fused",
+    paper: bool = False,
+    slack: float = 0.0,
+) -> None:
     """Hold ``spec.function`` to the budget on ``inputs`` of dtype ``dtype``.
+
+    Args:
+        paper: the truth is ``spec.truth``, where there is one.
+        slack: added to every element's budget, in root mean square errors of the reference. Among hundreds of drawn
+            inputs there are elements whose terms cancel, and there it is by luck that the reference is right.
 
     Raises:
         AssertionError: naming the output, the element and by how much the budget is exceeded.
@@ -75,11 +88,14 @@ def check(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, *, backend: str 
     reference = evaluate(spec.reference, inputs, spec.differentiable)
     truth = evaluate((paper and spec.truth) or spec.reference, to_float64(inputs), spec.differentiable)
     for name in truth:
-        assert_budget(name, actual[name], reference[name], truth[name], spec.tolerance[dtype])
+        assert_budget(name, actual[name], reference[name], truth[name], spec.tolerance[dtype], slack)
 
 
-def assert_budget(name: str, actual, reference, truth, tolerance: float) -> None:
-    """``|actual - truth| <= |reference - truth| + tolerance * max(|truth|, rms)`` elementwise; NaN must match NaN."""
+def assert_budget(name: str, actual, reference, truth, tolerance: float, slack: float = 0.0) -> None:
+    """``|actual - truth| <= |reference - truth| + tolerance * max(|truth|, rms)`` elementwise; NaN must match NaN.
+
+    With ``slack``, that many root mean squares of ``reference - truth`` more.
+    """
     if actual.shape != reference.shape or actual.dtype != reference.dtype:
         got, want = ((tuple(x.shape), x.dtype) for x in (actual, reference))
         raise AssertionError(f"{name}: {got}, the reference gives {want}")
@@ -89,7 +105,10 @@ def assert_budget(name: str, actual, reference, truth, tolerance: float) -> None
     actual, reference, truth = actual.double(), reference.double(), truth.double()
     same = (actual == truth) | (actual.isnan() & truth.isnan())  # also equal infinities
     magnitude = torch.maximum(truth.abs(), truth.square().mean().sqrt()).clamp(min=smallest)
-    budget = (reference - truth).abs() + tolerance * magnitude
+    off = (reference - truth).abs()
+    budget = off + tolerance * magnitude
+    if slack:
+        budget += slack * off.nan_to_num(posinf=0).square().mean().sqrt()
     error = (actual - truth).abs()
     wrong = ~same & ~(error <= budget)  # a NaN on either side is wrong
     if wrong.any():

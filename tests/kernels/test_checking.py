@@ -35,6 +35,18 @@ def test_the_references_own_error_is_allowed():
         judge(TRUTH + 0.1)
 
 
+def test_slack_is_the_references_usual_error():
+    """An element that the reference hits by luck may be off by some of what it misses the others by, no more."""
+    lucky = TRUTH + torch.tensor([0.1, 0.0, -0.1, 0.1], dtype=torch.float64)
+    off = torch.zeros(4, dtype=torch.float64)
+    off[1] = 0.2
+    with pytest.raises(AssertionError, match="1 of 4"):
+        assert_budget("out0", (TRUTH + off).float(), lucky.float(), TRUTH, 1e-3)
+    assert_budget("out0", (TRUTH + off).float(), lucky.float(), TRUTH, 1e-3, slack=3.0)
+    with pytest.raises(AssertionError, match="1 of 4"):
+        assert_budget("out0", (TRUTH + 2 * off).float(), lucky.float(), TRUTH, 1e-3, slack=3.0)
+
+
 def test_nan_has_to_match():
     nan = TRUTH.clone()
     nan[1] = torch.nan

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dbeta.config import LossConfig, RuntimeConfig
+from dbeta.config import Config, LossConfig, RuntimeConfig
 from dbeta.losses import pretraining_losses
+from dbeta_bench.step import Bench
 from tests.models.small import SMALL, TOKENS, batch_of, network
 
 # Each makes the host wait for the device: a value read back, or a size that depends on values.
@@ -35,6 +36,57 @@ def test_no_host_synchronisation(text_tokens):
         pretraining_losses(model, batch, LossConfig()).total.backward()
     assert {"index_select", "addmm"} <= recorder.seen
     assert not recorder.seen & WAITING
+
+
+CPU = torch.device("cpu")
+TINY = ("train.batch=4", "model.samples=640", "model.text_vocab=600")
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_whole_step_never_waits(kernels):
+    """The batch from its tables, both passes, clipping, the optimiser and the counters."""
+    bench = Bench("removals", "real", Config.load("smoke", [*TINY, "optim.clip=1"]), CPU)
+    bench.maker.kernels = kernels
+    shape = bench.host.shape(bench.rows, 0, bench.rows, bucketed=True)
+    bench.host.shape = lambda *_, **__: shape  # the host's own draw, which may look at its values
+    for _ in range(2):
+        with Recorder() as recorder:
+            bench.stepper.step([bench.batch()])
+        assert {"argsort", "index_select", "addmm", "_fused_adamw_"} <= recorder.seen
+        assert not recorder.seen & WAITING
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("provider", ["removals", "fused"])
+def test_a_whole_step_never_waits_for_the_gpu(provider):
+    bench = Bench(provider, "real", Config.load("smoke", [*TINY, "runtime.device=cuda"]), torch.device("cuda"))
+    bench.steps(2)
+    for _ in range(3):
+        batch = bench.batch()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            bench.stepper.step([batch])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_cuda_graphs_train_the_same(accumulate):
+    """Float32 without dropout: the weights after some steps, shapes of text changing, are those of the eager step."""
+    results = []
+    for engine in ("compile=false", "compile=true"):
+        settings = ("device=cuda", "precision=fp32", "kernels=reference", engine)
+        settings = [*TINY, *(f"runtime.{setting}" for setting in settings)]
+        config = Config.load("smoke", [*settings, f"train.accumulate={accumulate}"])
+        bench = Bench("removals", "real", config, torch.device("cuda"))
+        bench.stepper = type(bench.stepper)(bench.stepper.model, config, bench.device)
+        for _ in range(4):
+            bench.stepper.step([bench.batch() for _ in range(accumulate)])
+            bench.done += 1
+        results.append([p.detach().clone() for p in bench.stepper.parameters])
+    for eager, graph in zip(*results):
+        torch.testing.assert_close(graph, eager, rtol=1e-3, atol=1e-4)
 
 
 def test_recorder_sees_waiting():
