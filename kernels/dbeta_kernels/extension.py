@@ -7,6 +7,7 @@ Nothing here is needed to train: the reference loader reads the same records.
 
 import functools
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,9 @@ def build(folder: Path | None = None, *options: str) -> None:
             f"{CHECKOUT} is not a checkout of dbeta; install from one: pip install --no-build-isolation ."
         )
     folder = folder or CHECKOUT / "build" / "csrc"
+    cache = folder / "CMakeCache.txt"
+    if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={CHECKOUT / 'csrc'}\n" not in cache.read_text():
+        shutil.rmtree(folder)  # made by this checkout where it lay before, or copied: cmake would refuse it
     configure = ["cmake", "-S", CHECKOUT / "csrc", "-B", folder, f"-DPython_EXECUTABLE={sys.executable}", *options]
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True)

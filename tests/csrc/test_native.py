@@ -71,6 +71,17 @@ def test_configure_without_anything(tmp_path):
     assert "the DALI operator is not built: DALI is not installed" in said
 
 
+def test_a_build_of_another_place_is_made_anew(tmp_path, monkeypatch):
+    """A checkout that was moved, or copied with its build."""
+    ran = []
+    monkeypatch.setattr(extension.subprocess, "run", lambda command, check: ran.append(command))
+    for home, kept in ((extension.CHECKOUT / "csrc", True), ("/elsewhere/csrc", False)):
+        (tmp_path / "CMakeCache.txt").write_text(f"CMAKE_HOME_DIRECTORY:INTERNAL={home}\n")
+        extension.build(tmp_path)
+        assert (tmp_path / "CMakeCache.txt").is_file() == kept
+    assert len(ran) == 4
+
+
 @pytest.mark.parametrize("name", ["dbeta_torch", "dbeta_dali"])
 def test_absent_and_unloadable_parts_say_what_to_run(monkeypatch, tmp_path, name):
     load = {"dbeta_torch": extension.load_torch, "dbeta_dali": extension.load_dali}[name].__wrapped__
