@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from dbeta.evaluation.commands import register as register_evaluate
+
 SOURCES = ("mimic-iv-ecg", "ptb-xl", "cpsc2018", "csn", "cinc2021", "code-test", "code-15", "ptb", "sph", "synthetic")
 DEVICE = click.Choice(["auto", "cpu", "cuda"])
 FOLDER = click.Path(path_type=Path)
@@ -108,6 +110,8 @@ def import_checkpoint(released, config, lead_order, out):
     count = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"{out}: {count:,} parameters, {len(model.state_dict())} tensors mapped from {released}", err=True)
 
+
+register_evaluate(main)
 
 if __name__ == "__main__":
     main()

@@ -3,11 +3,14 @@
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from dbeta.cli import main, pretrain
 
+EVALUATE = {"--data", "--out", "--untrained", "--bootstrap", "--device", "--set"}
+SETS = {"--splits", "--derive", "--sets", "--labels"}
 OPTIONS = {
     "pretrain": {
         "--preset", "--data", "--out", "--resume", "--compile", "--device", "--seed", "--set", "--show-examples",
@@ -15,11 +18,27 @@ OPTIONS = {
     "prepare": {"--out", "--workers", "--limit", "--seed", "--cleaning"},
     "import-checkpoint": {"--config", "--lead-order", "--out"},
     "negatives": {"--encoder", "--k", "--device", "--engine", "--remedy"},
+    "evaluate zero-shot": {
+        *EVALUATE, *SETS, "--prompts", "--leads", "--annotations", "--figures", "--pairs",
+    },
+    "evaluate linear-probe": {*EVALUATE, *SETS, "--leads", "--fraction", "--seed", "--epochs"},
+    "evaluate finetune": {*EVALUATE, *SETS, "--leads", "--scoring", "--seed", "--epochs", "--lr"},
+    "evaluate identify": {*EVALUATE, "--leads", "--patients", "--seed", "--epochs", "--lr"},
+    "evaluate shift": {*EVALUATE, *SETS, "--prompts"},
+    "evaluate all": {
+        *EVALUATE, *SETS, "--prompts", "--leads", "--annotations", "--figures", "--pairs", "--fraction", "--seed",
+        "--epochs", "--lr", "--scoring", "--patients",
+    },
+    "evaluate ablations": {"--preset", "--corpus", "--data", "--splits", "--scoring", "--out"},
 }  # fmt: skip
 
 
 def commands():
-    return {"pretrain": pretrain, **main.commands}
+    found = {"pretrain": pretrain}
+    for name, command in main.commands.items():
+        group = command.commands if isinstance(command, click.Group) else {}
+        found |= {f"{name} {inner}": part for inner, part in group.items()} or {name: command}
+    return found
 
 
 def test_commands():

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dbeta.evaluation.datasets import Rows, count_notes, read_published
-from dbeta.evaluation.label_sets import LabelSet, all_label_sets, label_set
+from dbeta.evaluation.datasets import Rows, count_notes, load_dataset, read_published
+from dbeta.evaluation.label_sets import LabelSet, all_label_sets, label_set, sets_for
 from dbeta.runtime import track
 
 if TYPE_CHECKING:
@@ -36,6 +36,47 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.where}: {self.detail}"
+
+
+def audit(corpora: Sequence["Corpus"], splits: Path | None = None, *, signals: bool = True) -> list[Finding]:
+    """Everything that this module can find; what ``dbeta doctor`` prints, one ``str(finding)`` a line.
+
+    Args:
+        corpora: audited one by one, and against each other for records that they share.
+        splits: folder of the published splits, audited too, and used for the classes that a corpus can measure.
+        signals: compare the records' signals, which reads every record once.
+
+    Returns:
+        Findings in the order: published splits, each corpus (patients in two of its splits; then, for each label set
+        that fits it, counts and classes that cannot be measured), signals that are there twice. Empty: nothing found.
+
+    Raises:
+        ValueError: ``splits`` holds no published split, or a corpus is damaged.
+    """
+    found = audit_splits(splits) if splits is not None else []
+    for corpus in corpora:
+        found += audit_corpus(corpus, splits)
+    return found + (duplicate_signals(corpora) if signals else [])
+
+
+def audit_corpus(corpus: "Corpus", splits: Path | None = None) -> list[Finding]:
+    """Patients in two splits of a corpus, and counts and missing classes of the label sets that it can answer."""
+    held: dict[str, set[str]] = defaultdict(set)
+    for subject, split in zip(corpus.column("subject"), corpus.column("split")):
+        held[subject].add(split)
+    crossing = sorted(subject for subject, parts in held.items() if subject and len(parts) > 1)
+    where, found = str(corpus.path), []
+    if crossing:
+        found.append(Finding(kind="patient in two splits", where=where, detail=_listed(crossing)))
+    for labels in sets_for(corpus.source, list(corpus.labels)):
+        try:
+            dataset = load_dataset(labels, corpus, splits)
+        except ValueError as error:
+            found.append(Finding(kind="label set", where=labels.title, detail=str(error)))
+            continue
+        found += [Finding(kind="counts", where=where, detail=note) for note in dataset.notes]
+        found += unmeasurable_classes(dataset.splits, labels)
+    return found
 
 
 def audit_splits(root: Path) -> list[Finding]:

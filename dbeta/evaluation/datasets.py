@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -59,8 +60,8 @@ def read_published(root: Path, labels: LabelSet) -> dict[str, Rows]:
             for split in SPLITS}  # fmt: skip
 
 
-def count_notes(labels: LabelSet, rows: dict[str, Rows]) -> list[str]:
-    """Where the number of rows differs from Table 9."""
+def count_notes(labels: LabelSet, rows: dict[str, Sized]) -> list[str]:
+    """Where the number of rows of a split (records, or segments where those are counted) differs from Table 9."""
     return [
         f"{labels.title} {split}: {len(rows[split]):,} rows, Table 9 has {count:,}"
         for split, count in zip(SPLITS, labels.counts)
@@ -98,16 +99,15 @@ def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None,
         raise ValueError(f"{corpus.path} ({corpus.source}) holds no record with a label of {labels.key}")
     if labels.counts[:2] == (0, 0) and labels.counts[2]:
         parts, origin = ["test"] * len(rows), "published"  # a pure test set
-        notes += count_notes(labels, {"train": (), "validation": (), "test": rows})
     else:
         own = [str(part) for part in corpus.column("split", rows.records)]
         seen = corpus.source in PRETRAINING and not derive
         parts, origin = own_split(own, rows.groups) if seen else derive_split(rows.groups)
     member = np.array(parts)
-    return Dataset(
-        labels=labels, origin=origin, notes=tuple(notes),
-        splits={split: rows.take(np.flatnonzero(member == split)) for split in SPLITS},
-    )  # fmt: skip
+    parted = {split: rows.take(np.flatnonzero(member == split)) for split in SPLITS}
+    if any(labels.counts) and not labels.segments:
+        notes += count_notes(labels, parted)
+    return Dataset(labels=labels, splits=parted, origin=origin, notes=tuple(notes))
 
 
 def own_split(own: list[str], groups: list[str]) -> tuple[list[str], str]:

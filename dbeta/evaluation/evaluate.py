@@ -1,23 +1,26 @@
 """``dbeta evaluate``: every table of the paper on the corpora that are there, one command each.
 
-OUT/results.csv results.json results.png   one row per figure, beside the paper's
+OUT/results.csv results.json results.png   one row per figure, beside the paper's; another task adds its own
     units/     finished pieces of work with per-class details; what is there is not done again
     features/  frozen features by model and corpus checksum
-    segments/  5 s segments for fine-tuning;  figures/  ROC curves and t-SNE
+    segments/  5 s segments for fine-tuning;  figures/  ROC curves, t-SNE, ECGs with their reports
 """
 
 import copy
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import click
 from rich.console import Console
 
+from dbeta.config import Config, RuntimeConfig
 from dbeta.evaluation import results
 from dbeta.evaluation.datasets import Dataset, load_dataset
 from dbeta.evaluation.features import FeatureCache
-from dbeta.evaluation.label_sets import LabelSet, sets_for
+from dbeta.evaluation.label_sets import LabelSet, all_label_sets, sets_for
 from dbeta.evaluation.linear_probe import FRACTIONS, SEEDS
 from dbeta.evaluation.results import Result, Units, Work
 from dbeta.evaluation.signals import LEAD_SETS, corpus_checksum
@@ -52,13 +55,14 @@ class Options:
     untrained: bool = False  # the same network with random weights: what training is worth is the difference
     bootstrap: int = 1000
     figures: bool = True  # ROC curves and t-SNE of the test features
+    pairs: int = 0  # records of each corpus to draw with their reports, which may be credentialed text
+    device: str = "auto"
+    overrides: tuple[str, ...] = ()  # runtime.KEY=VALUE: engines
 
     @classmethod
     def of(cls, **given: Any) -> Self:
         """From a command line, where None and () mean the default."""
         return cls(**{name: value for name, value in given.items() if value is not None and value != ()})
-
-    device: str = "auto"
 
 
 @dataclass(kw_only=True)
@@ -127,74 +131,100 @@ class Evaluation:
 
 
 def evaluate(
-    task: str, model: "DBeta | str | Path", data: Path, out: Path, options: Options | None = None
+    task: str,
+    model: "DBeta | str | Path",
+    data: Path | Iterable[Path],
+    out: Path,
+    options: Options | None = None,
 ) -> list[Result]:
     """Evaluate a model and write the results; returns them.
 
     Args:
         task: one of ``TASKS``, or ``all``.
         model: a model, or what ``DBeta.from_pretrained`` accepts.
-        data: a corpus, or a folder of corpora.
+        data: a corpus, a folder of corpora, or several of these.
         out: where results and caches go; a second run with the same ``out`` does only what is missing.
 
     Raises:
         ValueError: an unknown task, nothing to evaluate on, or data that do not fit, with what to do.
     """
+    options, out = options or Options(), Path(out)
+    chosen = TASKS if task == "all" else (task,)
+    _check(chosen, options)
+    corpora = find_corpora(*([data] if isinstance(data, str | Path) else data))
+    evaluation = Evaluation(model=_load(model, options), corpora=corpora, out=out, options=options)
+    found = _run(evaluation, chosen)
+    if options.pairs:
+        from dbeta.evaluation.figures import save_pairs
+
+        save_pairs(corpora, out / "figures", options.pairs)
+    named = model if isinstance(model, str | Path) else type(model).__name__
+    written = results.write(found, out, model=str(named), checksum=evaluation.features.checksum)
+    from dbeta.evaluation.figures import draw_results
+
+    draw_results(written).savefig(out / "results.png", dpi=150)
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)  # in a file nothing is cut
+    console.print(results.show([*found, *results.not_run(found, chosen)]))
+    click.echo(f"{out}: results.csv, results.json, results.png", err=True)
+    return found
+
+
+def _check(chosen: Iterable[str], options: Options) -> None:
+    """Names that nothing is called by, before anything is loaded."""
+    sets = (*all_label_sets(), "synthetic")
+    for what, given, accepted in (
+        ("task", chosen, (*TASKS, "all")), ("--leads", options.leads, LEAD_SETS), ("--sets", options.sets, sets)
+    ):  # fmt: skip
+        unknown = [name for name in given if name not in accepted]
+        if unknown:
+            raise ValueError(f"{what} {', '.join(unknown)}: accepted are {', '.join(accepted)}")
+
+
+def _run(evaluation: Evaluation, chosen: tuple[str, ...]) -> list[Result]:
+    """The results of the tasks; of several, one that cannot be run is announced."""
     from dbeta.evaluation import tasks
 
-    options = options or Options()
-    chosen = TASKS if task == "all" else (task,)
-    unknown = [*({*chosen} - {*TASKS}), *({*options.leads} - {*LEAD_SETS})]
-    if unknown:
-        raise ValueError(
-            f"{', '.join(unknown)}: accepted are tasks {', '.join(TASKS)}, all; lead sets {', '.join(LEAD_SETS)}"
-        )
-    corpora = find_corpora(Path(data))
-    evaluation = Evaluation(model=_load(model, options), corpora=corpora, out=Path(out), options=options)
     found: list[Result] = []
     problems: list[str] = []
     for name in chosen:
         try:
-            found += tasks.RUN[name](evaluation, everything=task == "all")
+            found += tasks.RUN[name](evaluation, everything=len(chosen) > 1)
         except ValueError as error:
-            if task != "all":
+            if len(chosen) == 1:
                 raise
             problems.append(f"{name}: {error}")
     if not found:
-        reason = "; ".join(problems) or f"no label set for {', '.join(corpora)}"
-        raise ValueError(f"nothing to evaluate for {task}: {reason}; see dbeta prepare, --sets and --data")
+        reason = "; ".join(problems) or f"no label set for {', '.join(evaluation.corpora)}"
+        raise ValueError(f"nothing to evaluate for {', '.join(chosen)}: {reason}; see dbeta prepare, --sets and --data")
     for problem in problems:
-        announce(problem)
-    listed = [*found, *results.not_run(found, chosen)]
-    results.write(listed, evaluation.out)
-    from dbeta.evaluation.figures import draw_results
-
-    draw_results(listed).savefig(evaluation.out / "results.png", dpi=150)
-    Console().print(results.show(listed))
+        announce(f"not run: {problem}")
     return found
 
 
-def find_corpora(data: Path) -> dict[str, "Corpus"]:
-    """The corpora of a folder by source: the folder itself, or those directly inside it.
+def find_corpora(*data: str | Path) -> dict[str, "Corpus"]:
+    """The corpora of some folders by source: each folder itself, or those directly inside it.
 
     Raises:
-        ValueError: there is none, or two of one source.
+        ValueError: a folder is none and holds none, or there are two of one source.
     """
     from dbeta.data.corpus import Corpus
 
-    if (data / "corpus.json").is_file() or not data.is_dir():
-        opened = [Corpus.open(data)]
-    else:
-        opened = [Corpus.open(path.parent) for path in sorted(data.glob("*/corpus.json"))]
-    if not opened:
-        raise ValueError(
-            f"--data {data} is no corpus and holds none; make one with: dbeta prepare SOURCE ROOT --out ..."
-        )
-    sources = [corpus.source for corpus in opened]
-    twice = {source for source in sources if sources.count(source) > 1}
-    if twice:
-        raise ValueError(f"--data {data} holds several corpora of {', '.join(sorted(twice))}; give one of them")
-    return dict(zip(sources, opened))
+    found: dict[str, Corpus] = {}
+    for folder in map(Path, data):
+        paths = [folder] if (folder / "corpus.json").is_file() or not folder.is_dir() else []
+        paths = paths or [path.parent for path in sorted(folder.glob("*/corpus.json"))]
+        if not paths:
+            raise ValueError(
+                f"--data {folder} is no corpus and holds none; make one with: dbeta prepare SOURCE ROOT --out ..."
+            )
+        for corpus in map(Corpus.open, paths):
+            other = found.setdefault(corpus.source, corpus)
+            if other is not corpus:
+                raise ValueError(
+                    f"--data: {other.path} and {corpus.path} are both of {corpus.source}; give one of them"
+                )
+    return found
 
 
 def _load(model: "DBeta | str | Path", options: Options) -> "DBeta":
@@ -204,7 +234,7 @@ def _load(model: "DBeta | str | Path", options: Options) -> "DBeta":
     from dbeta.runtime import resolve_device
 
     if isinstance(model, str | Path):
-        model = DBeta.from_pretrained(model)
+        model = DBeta.from_pretrained(model, _runtime(options))
     if options.untrained:
         announce("--untrained: the network is evaluated with random weights")
         model = copy.deepcopy(model)
@@ -212,3 +242,11 @@ def _load(model: "DBeta | str | Path", options: Options) -> "DBeta":
             torch.manual_seed(options.seeds[0])
             model.reset_parameters()
     return model.to(resolve_device(options.device)).eval()
+
+
+def _runtime(options: Options) -> RuntimeConfig:
+    """The engines that ``--set`` chooses."""
+    for override in options.overrides:
+        if not override.strip().startswith("runtime."):
+            raise ValueError(f"--set {override}: only runtime.KEY can be set here; the network is the model's own")
+    return Config.load("smoke", [*options.overrides, f"runtime.device={options.device}"]).runtime

@@ -1,5 +1,6 @@
-"""Figures: an ECG on its paper (Fig. 4), ROC curves by class, t-SNE of features (Fig. 3)."""
+"""Figures: an ECG on its paper (Fig. 4), frequent reports (Fig. 5), ROC curves by class, t-SNE of features (Fig. 3)."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dbeta.evaluation.results import Result
 
 PAPER, FINE, BOLD, INK = "#fff6f4", "#f8d3ce", "#ec9f97", "#1a1a1a"
+BLUE, RED = "#1f4e79", "#c0392b"
 GRID = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"))  # the usual 3 x 4 print
 SPEED, SCALE = 25.0, 10.0  # mm per second, mm per mV
 ROW, LEFT, EDGE = 25.0, 12.5, 5.0  # mm: height of a row, room for the calibration pulse, margin
@@ -74,7 +76,41 @@ def draw_pair(corpus: "Corpus", record: int) -> "Figure":
     from dbeta.evaluation.signals import record_mv
 
     text = corpus.reports[int(corpus.column("report", np.array([record]))[0])]
+    text = text or "no report; labels: " + ", ".join(map(str, corpus.column("labels", np.array([record]))[0]))
     return draw_ecg(record_mv(corpus, record), title=text if len(text) <= 150 else text[:149] + "…")
+
+
+def save_pairs(corpora: "dict[str, Corpus]", folder: Path, count: int) -> None:
+    """``pair-SOURCE-RECORD.png`` of some records of each corpus, and ``reports-SOURCE.png`` (Figs. 4 and 5)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source, corpus in corpora.items():
+        for record in np.unique(np.linspace(0, len(corpus) - 1, count).astype(int)):
+            draw_pair(corpus, int(record)).savefig(folder / f"pair-{source}-{record}.png", dpi=150)
+        if any(corpus.reports):
+            draw_reports(corpus).savefig(folder / f"reports-{source}.png", dpi=130)
+
+
+def draw_reports(corpus: "Corpus", most: int = 30) -> "Figure":
+    """The most frequent reports of a corpus and how many records each has (Fig. 5)."""
+    from matplotlib.figure import Figure
+
+    counts = np.bincount(corpus.column("report"), minlength=len(corpus.reports))
+    top = np.argsort(-counts, kind="stable")[:most]
+    names = [text if len(text) <= 90 else text[:89] + "…" for text in (corpus.reports[i] or "(empty)" for i in top)]
+    figure = Figure(figsize=(10, 1 + 0.24 * len(top)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(range(len(top)), counts[top], color=BLUE)
+    axis.set_yticks(range(len(top)), names, fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("records", fontsize=8)
+    return figure
+
+
+def warn(figure: "Figure", note: str) -> "Figure":
+    """The figure with ``note`` in red below it, such as that it is meaningless as a measurement."""
+    if note:
+        figure.supxlabel(note, fontsize=7, color=RED)
+    return figure
 
 
 def _paper(ax: "Axes", width: float, height: float) -> None:
@@ -137,23 +173,19 @@ def draw_results(results: "Sequence[Result]") -> "Figure":
     axis = figure.subplots()
     for row, result in enumerate(shown):
         if result.low is not None:
-            axis.plot([100 * result.low, 100 * result.high], [row, row], color="#1f4e79", linewidth=1.4)
-        axis.plot(
-            100 * result.value, row, "o", color="#1f4e79", markersize=4.5, label="ours, 95 %" if not row else None
-        )
+            axis.plot([100 * result.low, 100 * result.high], [row, row], color=BLUE, linewidth=1.4)
+        axis.plot(100 * result.value, row, "o", color=BLUE, markersize=4.5, label="ours, 95 %" if not row else None)
         if result.paper is not None:
-            axis.plot(100 * result.paper[1], row, "D", color="none", markeredgecolor="#c0392b", markersize=5)
-    axis.plot([], [], "D", color="none", markeredgecolor="#c0392b", markersize=5, label="paper")
+            axis.plot(100 * result.paper[1], row, "D", color="none", markeredgecolor=RED, markersize=5)
+    axis.plot([], [], "D", color="none", markeredgecolor=RED, markersize=5, label="paper")
     names = [f"{r.task}  {r.title}  {r.leads}" + (f"  {100 * r.fraction:g} %" if r.fraction else "") for r in shown]
     axis.set_yticks(range(len(shown)), names, fontsize=7)
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("per cent (macro AUC, CinC 2021 score or top-1 accuracy)", fontsize=8)
     axis.legend(frameon=False, fontsize=8)
-    notes = {r.note.split(";")[0] for r in shown if "meaningless" in r.note}
-    if notes:
-        axis.set_title("; ".join(sorted(notes)), fontsize=8, color="#c0392b")
-    return figure
+    notes = {note for r in shown for note in r.note.split("; ") if "meaningless" in note or "untrained" in note}
+    return warn(figure, "; ".join(sorted(notes)))
 
 
 def draw_tsne(

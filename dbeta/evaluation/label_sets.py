@@ -24,6 +24,7 @@ class LabelSet:
     diagnoses: str = ""  # column with the labels as text, where the 0/1 columns cannot be trusted
     window_s: float = 10.0  # how much of a record is shown
     unlabelled: str = "drop"  # records with none of the labels: drop or keep
+    segments: bool = False  # whether ``counts`` are of segments of ``window_s``
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -76,6 +77,7 @@ def label_set(key: str, *, labels: str = "merl") -> LabelSet:
         diagnoses=entry["diagnoses"] if clean else "",
         window_s=entry.get("window_s", 10.0),
         unlabelled=entry.get("unlabelled", "drop"),
+        segments=entry.get("segments", False),
     )
 
 

@@ -3,8 +3,9 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import json
-import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from rich.table import Table
 from dbeta.evaluation.label_sets import all_label_sets, label_set
 from dbeta.evaluation.metrics import AucTable
 from dbeta.evaluation.paper import VALUES, paper_value
+from dbeta.files import write_whole
+from dbeta.runtime import announce, environment
 
+ORDER = ("zero-shot", "experts", "shift", "linear-probe", "finetune", "identify")  # of tables in a report
 METRICS = {"finetune": "CinC 2021 score", "identify": "top-1 accuracy"}
 
 
@@ -51,6 +55,11 @@ class Result:
         found = paper_value(self.task, self.dataset, self.leads, self.fraction)
         return found and (found[0], found[1] / 100)
 
+    @property
+    def case(self) -> tuple:
+        """What there is one result of in a folder."""
+        return self.task, self.dataset, self.metric, self.leads, self.fraction, self.seed, self.prompts
+
     def as_row(self) -> dict[str, Any]:
         """A flat row with the paper's value and the difference."""
         table, theirs = self.paper or (None, None)
@@ -72,8 +81,9 @@ def from_table(table: AucTable, **fields: Any) -> Result:
 
 
 def not_run(results: Iterable[Result], tasks: Iterable[str]) -> list[Result]:
-    """The paper's figures of these tasks that ``results`` do not answer."""
+    """The paper's figures of these tasks that ``results`` do not answer; Table 5's readers belong to zero-shot."""
     done = {(r.task, r.dataset, r.leads, r.fraction) for r in results if r.paper is not None and r.value is not None}
+    wanted = {*tasks, *(["experts"] if "zero-shot" in tasks else [])}
     titles = {key: label_set(key).title for key in all_label_sets()}
     return [
         Result(
@@ -81,7 +91,7 @@ def not_run(results: Iterable[Result], tasks: Iterable[str]) -> list[Result]:
             metric=METRICS.get(task, "macro AUC"), note="not run",
         )
         for task, dataset, leads, fraction in VALUES
-        if task in tasks and (task, dataset, leads, fraction) not in done
+        if task in wanted and (task, dataset, leads, fraction) not in done
     ]  # fmt: skip
 
 
@@ -99,14 +109,16 @@ class Units:
         """The results of a unit, from its file or from doing the work."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
         path = self.folder / f"{name}-{digest}.json"
-        if path.is_file():
+        try:
             return [Result(**row) for row in json.loads(path.read_text())["results"]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError) as error:
+            announce(f"{path} is damaged ({error}): done again")
         results, details = work(path.with_suffix(""))
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         stored = {"key": key, "results": [dataclasses.asdict(result) for result in results], "details": details}
-        partial.write_text(json.dumps(stored, indent=1, default=str))
-        os.replace(partial, path)
+        write_whole(path, json.dumps(stored, indent=1, default=str))
         return results
 
 
@@ -123,15 +135,55 @@ def class_details(table: AucTable) -> dict[str, dict[str, Any]]:
     }
 
 
-def write(results: list[Result], out: Path) -> None:
-    """``results.csv`` and ``results.json``."""
-    rows = [result.as_row() for result in results]
+def write(results: Iterable[Result], out: Path, *, model: str, checksum: str) -> list[Result]:
+    """``results.csv`` and ``results.json``: these, other cases of the same model in ``out``, and what is not run.
+
+    Args:
+        model: what the user called it.
+        checksum: of its weights; results of other weights are replaced (their units stay).
+
+    Returns:
+        All that was written.
+    """
+    cases = {result.case: result for result in (*_kept(out, checksum), *results)}
+    whole = sorted(cases.values(), key=lambda result: ORDER.index(result.task))
+    whole += not_run(whole, {result.task for result in whole})
+    rows = [result.as_row() for result in whole]
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(out / "results.csv", table.getvalue())
+    described = {"model": model, "checksum": checksum, "date": time.strftime("%Y-%m-%d"), **environment()}
+    write_whole(out / "results.json", json.dumps(described | {"rows": rows}, indent=1))
+    return whole
+
+
+def read(out: Path) -> tuple[str, list[Result]]:
+    """The checksum of the model and its results in ``out``; empty where there are none.
+
+    Raises:
+        ValueError: results.json is not one of ours.
+    """
+    path, known = out / "results.json", {field.name for field in dataclasses.fields(Result)}
+    try:
+        stored = json.loads(path.read_text())
+        rows = [Result(**{k: v for k, v in row.items() if k in known}) for row in stored["rows"]]
+        return stored["checksum"], [row for row in rows if row.note != "not run"]
+    except FileNotFoundError:
+        return "", []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); move it away and evaluate again: the units are kept") from None
+
+
+def _kept(out: Path, checksum: str) -> list[Result]:
+    """Results of the same weights that are there already."""
+    earlier, rows = read(out)
+    if earlier not in ("", checksum):
+        announce(f"{out} holds results of another model: results.* are replaced, its units and features are kept")
+        return []
+    return rows
 
 
 def show(results: list[Result]) -> Group:

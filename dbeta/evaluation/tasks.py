@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dbeta.evaluation.cinc import ChallengeWeights
-from dbeta.evaluation.datasets import Dataset
+from dbeta.evaluation.datasets import Dataset, count_notes
 from dbeta.evaluation.experts import expert_tables
 from dbeta.evaluation.finetune import DX, finetune
 from dbeta.evaluation.fitting import FitConfig
@@ -17,16 +17,17 @@ from dbeta.evaluation.identify import ID, Identities, identify, identities
 from dbeta.evaluation.label_sets import SPLITS
 from dbeta.evaluation.linear_probe import ProbeConfig, measure, train_probes
 from dbeta.evaluation.metrics import AucTable, macro_auc, percentile_interval
+from dbeta.evaluation.paper import SIX
 from dbeta.evaluation.prompts import load_prompts
 from dbeta.evaluation.results import Result, as_json, class_details, from_table
 from dbeta.evaluation.shift import PAIRS, shift_table
 from dbeta.evaluation.signals import LEAD_SETS, SegmentStore, corpus_checksum
+from dbeta.runtime import announce
 
 if TYPE_CHECKING:
     from dbeta.data.corpus import Corpus
     from dbeta.evaluation.evaluate import Evaluation, Options
 
-SIX = ("ptbxl-super", "ptbxl-sub", "ptbxl-form", "ptbxl-rhythm", "cpsc2018", "csn")  # the average of Table 3
 PAPER_FINETUNE = ("cinc2021", "synthetic")  # what `all` fine-tunes: Table 1's set and the built-in one
 SEGMENT_S = 5.0  # of identification
 Done = tuple[list[Result], dict[str, Any]]
@@ -41,7 +42,7 @@ def zero_shot(run: "Evaluation", *, everything: bool) -> list[Result]:
     for corpus, dataset in run.datasets():
         prompts = load_prompts(dataset.labels, run.options.prompts)
         for leads in run.options.leads or ("12",):
-            key = run.key(corpus, dataset) | {"leads": leads, "prompts": prompts}
+            key = run.key(corpus, dataset) | {"leads": leads, "prompts": prompts, "figures": run.options.figures}
             unit = partial(_zero_shot_unit, run, corpus, dataset, leads, prompts)
             results += run.unit(f"zero-shot-{dataset.labels.key}-{leads}", key, unit)
     if run.options.annotations is not None:
@@ -89,17 +90,19 @@ def _draw(
     run: "Evaluation", corpus: "Corpus", dataset: Dataset, leads: str, scores: np.ndarray, table: AucTable
 ) -> None:
     """ROC curves by class, and t-SNE where there are categories of 50 records (Fig. 3)."""
-    from dbeta.evaluation.figures import draw_roc, draw_tsne
+    from dbeta.evaluation.figures import draw_roc, draw_tsne, warn
 
-    folder, labels, rows = run.out / "figures", dataset.labels, dataset.splits["test"]
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{labels.key}-{leads}.png"
-    draw_roc(scores, rows.targets, table, title=f"zero-shot, {labels.title}").savefig(folder / f"roc-{name}", dpi=130)
+    labels, rows = dataset.labels, dataset.splits["test"]
+    drawn = {"roc": draw_roc(scores, rows.targets, table, title=f"zero-shot, {labels.title}")}
     single = rows.targets[rows.targets.sum(1) == 1].sum(0)
     if (single >= 50).sum() > 1:
         features = run.features.features(corpus, rows.records, leads=leads, window_s=labels.window_s)
-        figure = draw_tsne(features, rows.targets, labels.labels, title=f"t-SNE of test features, {labels.title}")
-        figure.savefig(folder / f"tsne-{name}", dpi=130)
+        title = f"t-SNE of test features, {labels.title}"
+        drawn["tsne"] = draw_tsne(features, rows.targets, labels.labels, title=title)
+    folder = run.out / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, figure in drawn.items():
+        warn(figure, run.warning).savefig(folder / f"{kind}-{labels.key}-{leads}.png", dpi=130)
 
 
 # --- shift: Tables 4 and 11 ------------------------------------------------------------------------------------------
@@ -217,6 +220,8 @@ def _finetune_unit(
         split: SegmentStore.build(corpus, rows.records, labels.window_s, folder / f"{labels.key}-{split}.i16")
         for split, rows in dataset.splits.items()
     }
+    for note in count_notes(labels, stores) if labels.segments else ():
+        announce(f"{note} (segments of {labels.window_s:g} s)")
     sinus = labels.labels.index("NSR") if weights is not None else -1
     done = finetune(
         run.model, dataset, stores, scratch, leads=leads, weights=weights, sinus=sinus, config=config,

@@ -5,7 +5,7 @@ import pytest
 from fakes import FakeCorpus
 
 from dbeta.data.records import read_record
-from dbeta.evaluation.audits import audit_splits, duplicate_signals, shared_patients, unmeasurable_classes
+from dbeta.evaluation.audits import audit, audit_splits, duplicate_signals, shared_patients, unmeasurable_classes
 from dbeta.evaluation.datasets import Rows
 from dbeta.evaluation.label_sets import synthetic_set
 
@@ -35,6 +35,22 @@ def test_published_files(shared):
     assert {part.split()[0] for part in substring.detail.split(", ")} == {"ST", "SA", "AF", "VB", "2AVB", "AVB", "CR"}
     assert "VB 665 (true 3)" in substring.detail
     assert any(f.where == "PTBXL-Form test" and "PRC(S) (1)" in f.detail for f in found)
+
+
+def test_a_corpus_is_audited_whole(shared):
+    """A patient in two splits, classes without positives, counts, and a signal that is there twice."""
+    walk = np.cumsum(np.random.default_rng(0).normal(size=(12, 5000)), -1)
+    signal = (walk * 100).astype(np.int16)
+    corpus = Signals("c", {name: (signal, 500.0) for name in "abc"})
+    corpus.source, corpus.labels = "ptb-xl", ["NORM"]
+    corpus.columns |= {"labels": [["NORM"]] * 3, "subject": list("ppq"), "split": ["train", "test", "validation"]}
+    found = audit([corpus])
+    kinds = [finding.kind for finding in found]
+    assert kinds[0] == "patient in two splits" and kinds[-1] == "same signal twice" and found[-1].detail.count("=") == 3
+    assert {"counts", "class without positives", "class without negatives"} <= set(kinds)
+    assert any(finding.kind == "label set" and "ptbxl-form" in finding.detail for finding in found)
+    assert "same signal twice" not in {finding.kind for finding in audit([corpus], signals=False)}
+    assert "labels by substring" in {finding.kind for finding in audit([], shared / "data/merl-splits")}
 
 
 def test_patients_and_records_in_two_splits():

@@ -190,6 +190,9 @@ def test_code_test_is_all_test_and_keeps_normal_records():
     assert [len(rows) for rows in dataset.splits.values()] == [0, 0, 2]
     assert list(dataset.splits["test"].targets.sum(1)) == [1, 0]
     assert dataset.notes == ("CODE-test test: 2 rows, Table 9 has 827",)
+    folds = FakeCorpus("ptb-xl", "abc", [["NORM"]] * 3, splits=["train", "validation", "test"])
+    notes = load_dataset(label_set("ptbxl-super"), folds).notes  # the set's own folds are counted too
+    assert notes[0] == "PTBXL-Super train: 1 rows, Table 9 has 17,084" and len(notes) == 3
 
 
 def test_user_mistakes_are_named(shared, tmp_path):

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from dbeta.evaluation import tasks
+from dbeta.evaluation import results, tasks
 from dbeta.evaluation.evaluate import Options, evaluate, find_corpora
-from dbeta.evaluation.results import Result, not_run, show
+from dbeta.evaluation.results import Result, Units, not_run, show
 
 QUICK = Options(epochs=2, bootstrap=50, fractions=(0.1, 1.0), seeds=(42, 43), derive=True)
 
@@ -27,15 +28,17 @@ def found(model, synthetic, out):
 def test_results_are_written_beside_the_papers(found, out):
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    mine = [row for row in rows if row["dataset"] == "synthetic"]
+    shot, *mine = [row for row in rows if row["dataset"] == "synthetic"]
+    assert shot["task"] == "zero-shot" and shot["prompts"] == "descriptions"  # an earlier command's result is kept
     assert [(row["fraction"], row["seed"]) for row in mine] == [
         ("0.1", ""), ("0.1", "42"), ("0.1", "43"), ("1.0", ""), ("1.0", "42"), ("1.0", "43"),
     ]  # fmt: skip
     for row in mine:
         assert float(row["low"]) <= float(row["value"]) <= float(row["high"]) and "meaningless" in row["note"]
     absent = [row for row in rows if row["note"] == "not run"]
-    assert len(absent) == 18 and all(row["value"] == "" and float(row["paper"]) > 0.7 for row in absent)
-    assert json.loads((out / "results.json").read_text())[0]["dataset"] == "synthetic"
+    assert len(absent) == 18 + 8 + 4 and all(row["value"] == "" and float(row["paper"]) > 0.6 for row in absent)
+    stored = json.loads((out / "results.json").read_text())
+    assert stored["rows"][0]["dataset"] == "synthetic" and stored["packages"]["torch"] and stored["date"]
     assert (out / "results.png").stat().st_size > 10_000 and (out / "figures/roc-synthetic-12.png").is_file()
 
 
@@ -76,13 +79,13 @@ def test_comparison_is_made_only_with_the_same_case():
     probe = base | {"task": "linear-probe", "fraction": 0.01}
     assert Result(**probe).paper == (2, pytest.approx(0.8004)) and Result(**probe, seed=42).paper is None
     missing = not_run([Result(**base)], ("zero-shot",))
-    assert "CSN" not in {r.title for r in missing} and len(missing) == 7
+    assert "CSN" not in {r.title for r in missing} and len(missing) == 7 + 4  # with Table 5's readers
     from rich.console import Console
 
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(show([Result(**base), *missing]))
     text = console.export_text()
-    assert "+3.70" in text and "76.30 T3" in text and text.count("not run") == 7
+    assert "+3.70" in text and "76.30 T3" in text and text.count("not run") == 11
 
 
 def test_options_of_a_command_line():
@@ -90,13 +93,37 @@ def test_options_of_a_command_line():
 
 
 def test_mistakes_are_named(model, synthetic, tmp_path):
-    with pytest.raises(ValueError, match="accepted are tasks zero-shot"):
+    with pytest.raises(ValueError, match="task zeroshot: accepted are zero-shot"):
         evaluate("zeroshot", model, synthetic.path, tmp_path)
-    with pytest.raises(ValueError, match="lead sets 12, P-6"):
+    with pytest.raises(ValueError, match="--leads P-7: accepted are 12, P-6"):
         evaluate("zero-shot", model, synthetic.path, tmp_path, Options(leads=("P-7",)))
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate("zero-shot", model, synthetic.path, tmp_path, Options(sets=("csn",)))
+    with pytest.raises(ValueError, match="--sets cns: accepted are ptbxl-super"):
+        evaluate("zero-shot", model, synthetic.path, tmp_path, Options(sets=("cns",)))
+    with pytest.raises(ValueError, match="both of synthetic"):
+        shutil.copytree(synthetic.path, tmp_path / "again")
+        find_corpora(synthetic.path, tmp_path / "again")
+    with pytest.raises(ValueError, match=r"only runtime\.KEY can be set"):
+        evaluate("zero-shot", tmp_path, synthetic.path, tmp_path, Options(overrides=("model.width=8",)))
     with pytest.raises(ValueError, match="shift needs a corpus of"):
         evaluate("shift", model, synthetic.path, tmp_path)
     with pytest.raises(ValueError, match="is no corpus and holds none"):
-        find_corpora(tmp_path)
+        find_corpora(tmp_path / "again" / "shards")
+
+
+def test_results_of_another_model_are_replaced_and_a_damaged_unit_is_done_again(tmp_path, capsys):
+    base = {"task": "zero-shot", "dataset": "csn", "title": "CSN"}
+    results.write([Result(**base, value=0.8)], tmp_path, model="a", checksum="1")
+    results.write([Result(**base, value=0.7, prompts="names")], tmp_path, model="a", checksum="1")
+    assert [r.value for r in results.read(tmp_path)[1]] == [0.8, 0.7]
+    results.write([Result(**base, value=0.6)], tmp_path, model="b", checksum="2")
+    assert [r.value for r in results.read(tmp_path)[1]] == [0.6] and "another model" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"rows": [')
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+        results.read(tmp_path)
+    units = Units(tmp_path / "units")
+    work = lambda _: ([Result(**base, value=0.5)], {})  # noqa: E731
+    assert units.get("x", {}, work) == units.get("x", {}, None)
+    next((tmp_path / "units").glob("x-*.json")).write_text("{")
+    assert units.get("x", {}, work)[0].value == 0.5 and "is damaged" in capsys.readouterr().err

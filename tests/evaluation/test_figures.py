@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from dbeta.data.records import LEADS
-from dbeta.evaluation.figures import draw_ecg, draw_pair, draw_results, draw_roc, draw_tsne
+from dbeta.evaluation.figures import (
+    draw_ecg,
+    draw_pair,
+    draw_reports,
+    draw_results,
+    draw_roc,
+    draw_tsne,
+    save_pairs,
+    warn,
+)
 from dbeta.evaluation.metrics import macro_auc
 from dbeta.evaluation.results import Result
 
@@ -46,6 +55,17 @@ def test_a_pair_shows_the_report(synthetic):
     assert report[:100] in figure.axes[0].texts[-1].get_text()
 
 
+def test_pairs_and_frequent_reports_are_saved(synthetic, tmp_path):
+    save_pairs({"synthetic": synthetic}, tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pair-synthetic-0.png", f"pair-synthetic-{len(synthetic) - 1}.png", "reports-synthetic.png",
+    ]  # fmt: skip
+    axis = draw_reports(synthetic, most=5).axes[0]
+    counts = np.bincount(synthetic.column("report"))
+    assert [bar.get_width() for bar in axis.patches] == sorted(counts, reverse=True)[:5]
+    assert axis.get_yticklabels()[0].get_text()[:80] == synthetic.reports[counts.argmax()][:80]
+
+
 def test_area_under_the_drawn_curve_is_the_auc():
     generator = np.random.default_rng(0)
     targets = generator.random((200, 3)) < 0.3
@@ -66,6 +86,9 @@ def test_results_without_value_or_interval_are_drawn():
     )
     assert len(figure.axes[0].get_yticks()) == 2
     draw_results([]).savefig("/dev/null", format="png")
+    noted = draw_results([Result(**base, value=0.7, note="untrained network; tiny: meaningless; only 3 test records")])
+    assert noted.get_supxlabel() == "tiny: meaningless; untrained network"
+    assert warn(figure, "").get_supxlabel() == ""
 
 
 def test_tsne_shows_categories_with_enough_records_of_their_own():

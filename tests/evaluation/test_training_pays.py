@@ -2,39 +2,16 @@
 
 import pytest
 
-from dbeta.evaluation.evaluate import Options, evaluate
+from tools import training_pays
 
 pytestmark = pytest.mark.slow
+CASES = [("zero-shot", None), *(("linear-probe", share) for share in (0.01, 0.1, 1.0)), ("finetune", None)]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    from dbeta.config import Config
-    from dbeta.pretrain import run
-
-    out = tmp_path_factory.mktemp("run")
-    run(Config.load("smoke", ["runtime.device=cpu"]), data=None, out=out, resume=False)
-    return out
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    """Records of another seed: other subjects, none of them seen in training."""
-    from dbeta.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("fresh") / "synthetic"
-    prepare("synthetic", None, folder, limit=2000, workers=2, seed=1)
-    return folder
-
-
-@pytest.mark.parametrize("task", ["zero-shot", "linear-probe", "finetune"])
-def test_training_pays(task, trained, fresh, tmp_path):
-    tuning = {"epochs": 6, "lr": 1e-3, "leads": ("12",)} if task == "finetune" else {}
-    pair = [
-        evaluate(task, trained, fresh, tmp_path, Options(derive=True, untrained=untrained, bootstrap=300, **tuning))
-        for untrained in (False, True)
-    ]
-    ours, baseline = ({r.fraction: r for r in found if task != "linear-probe" or r.seed is None} for found in pair)
-    assert set(ours) == ({0.01, 0.1, 1.0} if task == "linear-probe" else {None})
-    for case, result in ours.items():
-        assert result.low > baseline[case].high, (task, case, result, baseline[case])
+@pytest.mark.timeout(3000)  # it trains the smoke preset
+def test_training_pays(tmp_path):
+    pairs = training_pays.measure(training_pays.train(tmp_path / "run"), tmp_path, bootstrap=300)
+    assert [(trained.task, trained.fraction) for trained, _ in pairs] == CASES
+    for trained, untrained in pairs:
+        assert "untrained" in untrained.note and "untrained" not in trained.note
+        assert trained.low > untrained.high, (trained, untrained)
