@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # a checkout without an installed bench
+sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "bench")]  # this checkout, whatever is installed
 
 from dbeta.evaluation.evaluate import Options, evaluate  # noqa: E402
 from dbeta.evaluation.results import Result  # noqa: E402
