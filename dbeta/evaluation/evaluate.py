@@ -1,7 +1,8 @@
 """``dbeta evaluate``: every table of the paper on the corpora that are there, one command each.
 
 OUT/results.csv results.json results.png   one row per figure, beside the paper's; another task adds its own
-    units/     finished pieces of work with per-class details; what is there is not done again
+    classes.csv                            AUC, interval and positives of every class
+    units/     finished pieces of work; what is there is not done again
     features/  frozen features by model and corpus checksum
     segments/  5 s segments for fine-tuning;  figures/  ROC curves, t-SNE, ECGs with their reports
 """
@@ -166,7 +167,7 @@ def evaluate(
     console = Console()
     console = console if console.is_terminal else Console(width=120)  # in a file nothing is cut
     console.print(results.show([*found, *results.not_run(found, chosen)]))
-    click.echo(f"{out}: results.csv, results.json, results.png", err=True)
+    click.echo(f"{out}: results.csv, classes.csv, results.json, results.png", err=True)
     return found
 
 

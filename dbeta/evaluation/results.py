@@ -7,7 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 
 from dbeta.evaluation.label_sets import all_label_sets, label_set
-from dbeta.evaluation.metrics import AucTable
+from dbeta.evaluation.metrics import UNKNOWN, AucTable
 from dbeta.evaluation.paper import VALUES, paper_value
 from dbeta.files import write_whole
 from dbeta.runtime import announce, environment
@@ -45,6 +45,7 @@ class Result:
     split: str = ""  # published, corpus, derived by patient
     prompts: str = ""  # of zero-shot: descriptions, names or a file
     note: str = ""
+    per_class: dict[str, dict[str, Any]] = field(default_factory=dict)  # class -> as ``class_details`` has it
 
     @property
     def paper(self) -> tuple[int, float] | None:
@@ -61,10 +62,11 @@ class Result:
         return self.task, self.dataset, self.metric, self.leads, self.fraction, self.seed, self.prompts
 
     def as_row(self) -> dict[str, Any]:
-        """A flat row with the paper's value and the difference."""
+        """A flat row with the paper's value and the difference, without the classes."""
         table, theirs = self.paper or (None, None)
         known = theirs is not None and self.value is not None
-        return dataclasses.asdict(self) | {
+        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "per_class"}
+        return mine | {
             "paper_table": table,
             "paper": theirs,
             "difference": self.value - theirs if known else None,
@@ -76,7 +78,7 @@ def from_table(table: AucTable, **fields: Any) -> Result:
     return Result(
         value=as_json(table.macro), low=as_json(table.interval[0]), high=as_json(table.interval[1]),
         classes=len(table.per_class), left_out="; ".join(f"{name}: {why}" for name, why in table.left_out.items()),
-        **fields,
+        per_class=class_details(table), **fields,
     )  # fmt: skip
 
 
@@ -127,7 +129,8 @@ def class_details(table: AucTable) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "auc": table.per_class.get(name),
-            "interval": [as_json(v) for v in table.intervals.get(name, ())],
+            "low": as_json(table.intervals.get(name, UNKNOWN)[0]),
+            "high": as_json(table.intervals.get(name, UNKNOWN)[1]),
             "positives": count,
             "left_out": table.left_out.get(name),
         }
@@ -136,7 +139,7 @@ def class_details(table: AucTable) -> dict[str, dict[str, Any]]:
 
 
 def write(results: Iterable[Result], out: Path, *, model: str, checksum: str) -> list[Result]:
-    """``results.csv`` and ``results.json``: these, other cases of the same model in ``out``, and what is not run.
+    """``results.csv``, ``results.json``: these, other cases of the model in ``out``, what is not run; ``classes.csv``.
 
     Args:
         model: what the user called it.
@@ -150,14 +153,27 @@ def write(results: Iterable[Result], out: Path, *, model: str, checksum: str) ->
     whole += not_run(whole, {result.task for result in whole})
     rows = [result.as_row() for result in whole]
     out.mkdir(parents=True, exist_ok=True)
+    _write_csv(out / "results.csv", rows)
+    case = ("task", "dataset", "leads", "fraction", "seed", "prompts")
+    classes = [
+        {key: getattr(result, key) for key in case} | {"class": name} | details
+        for result in whole
+        for name, details in result.per_class.items()
+    ]
+    if classes:
+        _write_csv(out / "classes.csv", classes)
+    described = {"model": model, "checksum": checksum, "date": time.strftime("%Y-%m-%d"), **environment()}
+    described["rows"] = [row | {"per_class": result.per_class} for row, result in zip(rows, whole)]
+    write_whole(out / "results.json", json.dumps(described, indent=1))
+    return whole
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(out / "results.csv", table.getvalue())
-    described = {"model": model, "checksum": checksum, "date": time.strftime("%Y-%m-%d"), **environment()}
-    write_whole(out / "results.json", json.dumps(described | {"rows": rows}, indent=1))
-    return whole
+    write_whole(path, table.getvalue())
 
 
 def read(out: Path) -> tuple[str, list[Result]]:
@@ -166,7 +182,7 @@ def read(out: Path) -> tuple[str, list[Result]]:
     Raises:
         ValueError: results.json is not one of ours.
     """
-    path, known = out / "results.json", {field.name for field in dataclasses.fields(Result)}
+    path, known = out / "results.json", {f.name for f in dataclasses.fields(Result)}
     try:
         stored = json.loads(path.read_text())
         rows = [Result(**{k: v for k, v in row.items() if k in known}) for row in stored["rows"]]

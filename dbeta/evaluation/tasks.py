@@ -19,7 +19,7 @@ from dbeta.evaluation.linear_probe import ProbeConfig, measure, train_probes
 from dbeta.evaluation.metrics import AucTable, macro_auc, percentile_interval
 from dbeta.evaluation.paper import SIX
 from dbeta.evaluation.prompts import load_prompts
-from dbeta.evaluation.results import Result, as_json, class_details, from_table
+from dbeta.evaluation.results import Result, as_json, from_table
 from dbeta.evaluation.shift import PAIRS, shift_table
 from dbeta.evaluation.signals import LEAD_SETS, SegmentStore, corpus_checksum
 from dbeta.runtime import announce
@@ -63,7 +63,7 @@ def _zero_shot_unit(
     if run.options.figures:
         _draw(run, corpus, dataset, leads, scores, table)
     fields = run.fields("zero-shot", dataset, leads=leads, prompts=run.options.prompts)
-    return [from_table(table, **fields)], class_details(table)
+    return [from_table(table, **fields)], {}
 
 
 def _zero_shot_scores(
@@ -82,7 +82,7 @@ def _average(results: list[Result]) -> list[Result]:
     if len(six) < len(SIX):
         return []
     mean = _mean(result.value for result in six.values())
-    none = {"low": None, "high": None, "left_out": "", "classes": 0}
+    none = {"low": None, "high": None, "left_out": "", "classes": 0, "per_class": {}}
     return [replace(six["csn"], dataset="average", title="Average of six", value=mean, **none)]
 
 
@@ -131,7 +131,7 @@ def _shift_unit(
     table = shift_table(scores, rows.targets, dataset.labels.labels, source, dataset.labels.key, **options)
     fields = run.fields("shift", dataset, prompts=run.options.prompts)
     fields |= {"dataset": f"{source}>{dataset.labels.key}", "title": f"{source} > {dataset.labels.key}"}
-    return [from_table(table, **fields)], class_details(table)
+    return [from_table(table, **fields)], {}
 
 
 # --- linear probe: Table 2 -------------------------------------------------------------------------------------------
@@ -178,11 +178,11 @@ def _probe_unit(
             "validation_auc": probe.validation_auc,
             "records": probe.records,
             "classes_without_a_training_positive": [names[index] for index in probe.unseen],
-            "classes": class_details(table),
         }
-        for probe, table in zip(probes, tables)
+        for probe in probes
     }
-    return [replace(single[0], seed=None, value=mean, low=as_json(low), high=as_json(high)), *single], details
+    over = {"seed": None, "value": mean, "low": as_json(low), "high": as_json(high), "per_class": {}}
+    return [replace(single[0], **over), *single], details
 
 
 # --- fine-tuning and identification: Table 1 -------------------------------------------------------------------------
@@ -232,8 +232,9 @@ def _finetune_unit(
     if done.score is not None:
         low, high = done.interval
         scored = {"metric": "CinC 2021 score", "value": done.score, "low": low, "high": high, "left_out": ""}
+        scored["per_class"] = {}
         results.insert(0, replace(results[0], **scored))
-    return results, {"epoch": done.epoch, "segments": done.segments, "classes": class_details(done.auc)}
+    return results, {"epoch": done.epoch, "segments": done.segments}
 
 
 def identification(run: "Evaluation", *, everything: bool) -> list[Result]:

@@ -51,7 +51,13 @@ def test_per_class_details_are_kept(found, out):
     (unit,) = (out / "units").glob("linear-probe-synthetic-12-10-*.json")
     details = json.loads(unit.read_text())["details"]["42"]
     assert details["records"] == round(0.1 * 168) and details["epoch"] in (1, 2)
-    assert set(details["classes"]["AFIB"]) == {"auc", "interval", "positives", "left_out"}
+    with (out / "classes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    mine = [row for row in rows if (row["task"], row["fraction"], row["seed"]) == ("linear-probe", "0.1", "42")]
+    macro = next(r.value for r in found if r.fraction == 0.1 and r.seed == 42)
+    assert np.mean([float(row["auc"]) for row in mine if row["auc"]]) == pytest.approx(macro)
+    assert all(float(row["low"]) <= float(row["auc"]) <= float(row["high"]) for row in mine if row["auc"])
+    assert {"AFIB"} < {row["class"] for row in mine} and all(int(row["positives"]) >= 0 for row in mine)
 
 
 def test_a_second_run_does_nothing_again(found, model, synthetic, out, monkeypatch):
