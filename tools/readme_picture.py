@@ -19,7 +19,7 @@ def main(run: Path, folder: Path = Path(__file__).parents[1] / "docs") -> None:
     """
     images = re.findall(r"data:image/png;base64,([^\"]+)", (run / "report.html").read_text())
     if len(images) != len(NAMES):
-        raise ValueError(f"{run}/report.html has {len(images)} pictures, not {len(NAMES)}: take a run of `make pretrain`")
+        raise ValueError(f"{run}/report.html has {len(images)} pictures, not 3: take a run of `make pretrain`")
     folder.mkdir(exist_ok=True)
     for name, image in zip(NAMES, images):
         (folder / f"{name}.png").write_bytes(base64.b64decode(image))

@@ -60,7 +60,7 @@ def reference(
         return ecg, None, None
     measured = mv[..., : mv.shape[-1] // PATCH * PATCH]
     mean = measured.mean(-1)
-    squares = torch.linalg.vector_norm(measured - mean[..., None], dim=-1).square()  # ``var`` takes several times as long
+    squares = torch.linalg.vector_norm(measured - mean[..., None], dim=-1).square()  # ``var`` takes longer
     return ecg, mean, (squares / (measured.shape[-1] - 1) + EPS).rsqrt()
 
 
