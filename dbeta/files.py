@@ -13,6 +13,21 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def foreign(path: Path) -> str:
+    """What lies in place of a downloaded file of weights, in words, or "" where nothing is known to be wrong."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        head = file.read(1024).lstrip().lower()
+    if not head:
+        return "is an empty file; download it again"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not a checkpoint: the download met a login or an error page; download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file it stands for; fetch it with git lfs pull"
+    return ""
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader finds the whole of it or what was there before, even after a power cut."""
     partial = path.with_name(f".{path.name}")

@@ -150,17 +150,12 @@ def _reconstruction(validator: Any) -> str:
 @torch.no_grad()
 def reconstruct(model: Any, batch: Any, ecg: torch.Tensor) -> torch.Tensor:
     """The ECG with its masked patches replaced by the MEM decoder's prediction, float32 [B,12,L] in mV."""
+    from dbeta.models.inference import place_patches
+
     model.eval()
     out = model(batch.ecg, batch.text_ids, batch.text_mask, noise=batch.noise, mlm_positions=batch.mlm_positions)
     model.train()
-    patch = out.mem_prediction.shape[-1] // ecg.shape[1]
-    predicted = out.mem_prediction.float().unflatten(-1, (ecg.shape[1], patch))  # [B,P,12,16]
-    if batch.mean is not None:
-        predicted = predicted / batch.rstd[:, None, :, None] + batch.mean[:, None, :, None]
-    result = ecg.clone()
-    cut = result[..., : ecg.shape[-1] // patch * patch].unflatten(-1, (-1, patch)).transpose(1, 2)  # a view [B,T,12,16]
-    cut.scatter_(1, out.mem_patches[..., None, None].expand_as(predicted), predicted)
-    return result
+    return place_patches(ecg, out.mem_prediction.float(), out.mem_patches, batch.mean, batch.rstd)
 
 
 def _image(figure: Any) -> str:

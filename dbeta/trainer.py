@@ -23,6 +23,7 @@ from dbeta.data.corpus import Corpus
 from dbeta.data.inputs import load_inputs
 from dbeta.data.loader import RawBatch, make_loader
 from dbeta.losses import Losses, pretraining_losses
+from dbeta.models.card import about_run
 from dbeta.models.dbeta import DBeta
 from dbeta.models.pretrained import load_text_weights
 from dbeta.optim import learning_rate, make_optimizer, set_learning_rate
@@ -165,6 +166,7 @@ def train(
                 log.validation(done, metrics)
                 if metrics["score"] > best["score"]:
                     best = {"score": metrics["score"], "step": done}
+                    model.about = about_run(config, corpus, done, metrics)
                     model.save_pretrained(out / "model")
                 started, begun = time.perf_counter(), done
             if done % config.train.checkpoint_every == 0 or last:

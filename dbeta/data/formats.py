@@ -109,6 +109,18 @@ def read_tracings(path: Path, rows: Iterable[int], *, units_per_mv: float) -> It
             yield file["tracings"][row].T / units_per_mv
 
 
+def count_exams(path: Path) -> int | None:
+    """How many exams a CODE file holds; None where the HDF5 file is of another kind."""
+    import h5py
+
+    _must_exist(path)
+    try:
+        with h5py.File(path) as file:
+            return len(file["tracings"]) if "tracings" in file else None
+    except OSError as error:
+        raise ValueError(f"not an HDF5 file: {error}") from None
+
+
 def trim(raw: Raw) -> Raw:
     """Without the zeros that pad a shorter tracing at both ends (CODE, CODE-15)."""
     used = np.flatnonzero((raw.adc != raw.baseline[:, None]).any(0))

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from dbeta.data.formats import STANDARD, Raw, read_code15_mat, read_cpsc_mat, read_sph, trim
+from dbeta.data.formats import STANDARD, Raw, count_exams, load_mat, read_code15_mat, read_cpsc_mat, read_sph, trim
 from dbeta.data.wfdb_files import read_wfdb
 
 LEADS = STANDARD
@@ -168,32 +168,67 @@ def limb_residual(limb: np.ndarray) -> float:
     return float(np.sqrt((off**2).mean()) / scale) if scale else 0.0
 
 
+ACCEPTED = "WFDB (.hea with .dat or .mat), CPSC .mat, CODE-15 .mat, CODE .hdf5 (FILE#ROW), SPH .h5"
+HDF5 = (".h5", ".hdf5")
+
+
 def read_record(path: str | Path) -> Record:
-    """Any supported record by its path: WFDB (``.hea``, or the path without it), CPSC .mat, CODE-15 .mat, SPH .h5.
+    """Any supported record by its path.
+
+    Args:
+        path: WFDB: the ``.hea``, a signal file beside it, or the path without ending; CPSC ``.mat``; CODE-15 ``.mat``;
+            one exam of a CODE ``.hdf5`` as ``FILE#ROW``; SPH ``.h5``.
 
     Raises:
         ValueError: what is wrong with it, and its path.
     """
     path = Path(path)
     try:
-        return canonical(_read(path), name=path.stem, subject=path.stem)
+        return canonical(read_raw(path)[1], name=path.stem, subject=path.stem)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read(path: Path) -> Raw:
-    if path.suffix == ".h5":
-        return read_sph(path)
-    if path.suffix == ".mat" and not path.with_suffix(".hea").is_file():
-        try:
-            return read_cpsc_mat(path)
-        except ValueError:
-            return trim(read_code15_mat(path))
-    return read_wfdb(path.with_suffix("") if path.suffix in (".mat", ".dat") else path)
+def read_raw(path: Path) -> tuple[str, Raw]:
+    """(format, record as stored) of any supported record; errors as ``canonical``."""
+    file, mark, row = str(path).rpartition("#")
+    if mark and row.isdigit() and file.endswith(HDF5):
+        from dbeta.data.sources_code import read_exam
+
+        return "CODE .hdf5", read_exam(Path(file), int(row))
+    if path.suffix in HDF5:
+        exams = count_exams(path)
+        if exams is None:
+            return "SPH .h5", read_sph(path)
+        raise ValueError(f"several exams: it holds {exams:,}; name one, {path.name}#0 to {path.name}#{exams - 1}")
+    if path.suffix == ".hea" or not path.is_file():
+        return "WFDB", read_wfdb(path if path.suffix != ".dat" else path.with_suffix(""))
+    if path.with_suffix(".hea").is_file():
+        return "WFDB", read_wfdb(path.with_suffix(".hea"))
+    if path.suffix == ".mat":
+        content = load_mat(path)
+        if "ECG" in content:
+            return "CPSC .mat", read_cpsc_mat(path)
+        if "feats" in content:
+            return "CODE-15 .mat", trim(read_code15_mat(path))
+        held = ", ".join(name for name in content if name[0] != "_")
+        raise ValueError(f"unknown format: it holds {held}, and no .hea is beside it; accepted: {ACCEPTED}")
+    raise ValueError(f"unknown format: {path.suffix or 'no ending'} without a .hea; accepted: {ACCEPTED}")
 
 
 def read_ecg(path: str | Path) -> np.ndarray:
-    """Any supported record as float32 [12, L] mV at 500 Hz, canonical leads; see ``read_record``."""
+    """Any supported record as an ECG.
+
+    Args:
+        path: see ``read_record``.
+
+    Returns:
+        Float32 [12, L], mV, 500 Hz, leads I II III aVR aVL aVF V1-V6 put in order by their names; leads that the record
+        does not have, and invalid samples, are 0.
+
+    Raises:
+        ValueError: what is wrong with it, and its path.
+    """
     from dbeta.data.resample import resample
 
     record = read_record(path)

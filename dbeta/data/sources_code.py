@@ -1,7 +1,7 @@
 """The evaluation data sets in float files: CODE-test, CODE-15 and SPH. Stored as integers of 1 uV."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from dbeta.data.formats import (
     ROUNDING_UV,
     STANDARD,
     Raw,
+    count_exams,
     from_float,
     read_code15_mat,
     read_sph,
@@ -40,7 +41,7 @@ def code_test(root: Path) -> Plan:
     if exams != len(labels):
         raise ValueError(f"{found[0]} holds {exams} exams, {gold} {len(labels)}; they must be the same")
     order = vote_limb_order(read_tracings(found[0], range(exams), units_per_mv=10.0))
-    names = tuple(np.array(STANDARD)[np.argsort(order)]) + STANDARD[6:]
+    names = _names_of(order)
     file = found[0].relative_to(root).as_posix()
     rows = [
         {"name": f"{i:04d}", "subject": f"{i:04d}", "path": f"{file}#{i}", "split": "test",
@@ -82,6 +83,37 @@ def _exams(path: Path) -> int:
             return len(file["tracings"])
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} is not a CODE file: {error}") from None
+
+
+def read_exam(path: Path, row: int) -> Raw:
+    """One exam of a CODE-15 or CODE-test file, without the zeros that pad it.
+
+    Raises:
+        ValueError: there is no such exam.
+    """
+    exams = count_exams(path)
+    if exams is None or not 0 <= row < exams:
+        raise ValueError(f"no exam {row}: the file holds {exams or 0:,}")
+    names, units_per_mv = _exam_form(path, path.stat().st_mtime_ns)
+    return trim(from_float(next(read_tracings(path, [row], units_per_mv=units_per_mv)), CODE_HZ, names))
+
+
+@lru_cache(maxsize=64)
+def _exam_form(path: Path, _changed: int) -> tuple[tuple[str, ...], float]:
+    """Lead names and units per mV of a CODE file: CODE-15 names its exams, CODE-test does not."""
+    import h5py
+
+    with h5py.File(path) as file:
+        exams, named = len(file["tracings"]), "exam_id" in file
+    if named:
+        return STANDARD, 1.0
+    order = vote_limb_order(read_tracings(path, range(exams), units_per_mv=10.0))
+    return _names_of(order), 10.0
+
+
+def _names_of(order: list[int]) -> tuple[str, ...]:
+    """Lead names of stored signals of which ``order`` picks I II III aVR aVL aVF."""
+    return tuple(np.array(STANDARD)[np.argsort(order)].tolist()) + STANDARD[6:]
 
 
 def code_15(root: Path) -> Plan:

@@ -6,7 +6,7 @@ substring, classes that a split cannot measure.
 
 import csv
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 INDEPENDENT = (0, 1, 6, 7, 8, 9, 10, 11)  # I, II, V1..V6; the other limb leads follow from I and II
 AGREEING = 3  # leads whose extremes must coincide; by chance one does so in 1 of 25 million pairs of 10 s
 MOST = 10  # examples in a finding
+Signal = tuple[str, str, np.ndarray, float]  # set, record, samples [12, L], rate in Hz
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +153,22 @@ def duplicate_signals(corpora: Iterable["Corpus"]) -> list[Finding]:
     A fingerprint is where each lead has its first maximum and minimum within 10 s at its own rate: gain, offset and
     rounding leave these alone. Records at different rates, or cut differently, are not recognised.
     """
-    index: dict[tuple, list[tuple[str, str]]] = defaultdict(list)
+    return same_signals(_signals(corpora))
+
+
+def _signals(corpora: Iterable["Corpus"]) -> Iterator[Signal]:
     for corpus in corpora:
         names, rates = corpus.column("name"), corpus.column("rate_hz")
         for record in track(range(len(names)), f"fingerprints of {corpus.path}"):
-            for key in fingerprint(corpus.read_adc(record), float(rates[record])):
-                index[key].append((str(corpus.path), str(names[record])))
+            yield str(corpus.path), str(names[record]), corpus.read_adc(record), float(rates[record])
+
+
+def same_signals(signals: Iterable[Signal]) -> list[Finding]:
+    """The same for records of any origin, taken one at a time."""
+    index: dict[tuple, list[tuple[str, str]]] = defaultdict(list)
+    for where, name, adc, rate_hz in signals:
+        for key in fingerprint(adc, rate_hz):
+            index[key].append((where, name))
     agreeing: Counter = Counter()
     for those in index.values():
         agreeing.update(combinations(sorted(set(those)), 2) if len(those) < 100 else ())

@@ -51,6 +51,19 @@ def load_prompts(labels: LabelSet, source: str = "descriptions") -> dict[str, tu
     return found
 
 
+def read_prompts(path: Path) -> dict[str, tuple[str, ...]]:
+    """Lower-case texts per name of a user's JSON file {name: text or list of texts}.
+
+    Raises:
+        ValueError: it cannot be read as that.
+    """
+    found = {str(name): _texts(text) for name, text in _read(path).items()}
+    without = [name for name, texts in found.items() if not texts or not all(text.strip() for text in texts)]
+    if without or not found:
+        raise ValueError(f"--prompts {path}: no text for {', '.join(without) or 'anything'}; write {{name: text}}")
+    return found
+
+
 def _texts(given: object) -> tuple[str, ...]:
     """One text or several, lower-case; nothing if it is neither."""
     several = [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []

@@ -1,10 +1,7 @@
 """D-BETA: ECG encoder, report encoder, fusion and heads (MODEL sections 1-7)."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +11,7 @@ from dbeta.models.attention import Rows, resolve_backend
 from dbeta.models.ecg_encoder import ConvStem, EcgEncoder, PositionalConv
 from dbeta.models.fusion import Fusion
 from dbeta.models.heads import MemHead, MlmHead, Pooler
+from dbeta.models.inference import Inference
 from dbeta.models.layers import Attention
 from dbeta.models.text_encoder import SelfAttention, T5Encoder, make_text_encoder
 
@@ -35,7 +33,7 @@ class Outputs:
     tap_ecg: Tensor | None = None
 
 
-class DBeta(nn.Module):
+class DBeta(Inference, nn.Module):
     """The network.
 
     Args:
@@ -43,6 +41,7 @@ class DBeta(nn.Module):
         runtime: engines; None: the defaults. ``runtime.removals`` leaves out what no output reads (KERNELS section 1).
         tokenizer: what ``encode_text`` uses; saved with the model.
         report_cleaning: how ``encode_text`` normalises, as the reports of the training corpus were.
+        about: where the model comes from, for its card; see ``dbeta.models.card``.
 
     Raises:
         ValueError: sizes that do not fit each other, or an attention back-end that this machine does not have.
@@ -55,11 +54,12 @@ class DBeta(nn.Module):
         *,
         tokenizer: Any = None,
         report_cleaning: str = "paper",
+        about: dict[str, Any] | None = None,
     ):
         super().__init__()
         check_config(config)
         self.config, self.runtime = config, runtime or RuntimeConfig()
-        self.tokenizer, self.report_cleaning = tokenizer, report_cleaning
+        self.tokenizer, self.report_cleaning, self.about = tokenizer, report_cleaning, dict(about or {})
         width = config.width
         self.ecg_encoder = EcgEncoder(config)
         self.text_encoder = make_text_encoder(config)
@@ -184,7 +184,7 @@ class DBeta(nn.Module):
         mask = rows.mask if self.config.text_mask else torch.ones_like(rows.mask)
         return rows.pack(self.text_encoder(ids, Rows(mask)))
 
-    # --- use ---------------------------------------------------------------------------------------------------------
+    # --- features; what users call is in inference.py ----------------------------------------------------------------
 
     def ecg_features(self, ecg: Tensor) -> Tensor:
         """Tanh-pooled CLS of the unmasked ECG, float [B, C, L] mV -> [B, D], in the current mode."""
@@ -194,78 +194,6 @@ class DBeta(nn.Module):
         """Tanh-pooled first word piece, int64 and bool [B, T] -> [B, D], in the current mode."""
         states = self._text_states(text_ids, Rows(text_mask))
         return self.text_pooler(self.text_projection(states[:, 0]))
-
-    def encode_ecg(self, ecg: Tensor) -> Tensor:
-        """Features for zero-shot use and linear probing, without dropout or gradient.
-
-        Args:
-            ecg: float [B, 12, 5000], mV, 500 Hz, canonical lead order.
-
-        Returns:
-            [B, D] in (-1, 1), not normalised.
-
-        Raises:
-            ValueError: another shape.
-        """
-        expected = (self.config.leads, self.config.samples)
-        if ecg.ndim != 3 or ecg.shape[1:] != expected or not ecg.is_floating_point():
-            raise ValueError(
-                f"ecg is {ecg.dtype} {list(ecg.shape)}; give float [B, {expected[0]}, {expected[1]}] in mV at 500 Hz, "
-                "leads I II III aVR aVL aVF V1-V6"
-            )
-        with self._inference():
-            return self.ecg_features(ecg.to(self.ecg_encoder.cls))
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Features [B, D] of reports or prompts, without dropout or gradient.
-
-        Raises:
-            ValueError: the model has no tokenizer, or an empty list is given.
-        """
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer; load one with from_pretrained(..., tokenizer=DIR)")
-        if isinstance(texts, str) or not len(texts):
-            raise ValueError(f"encode_text takes a list of at least one text, given {texts!r}")
-        from dbeta.data.reports import normalise
-
-        ids = self.tokenizer.encode_batch([normalise(text, self.report_cleaning) for text in texts])
-        group = 64 if self.config.text_mask else 1  # where padding is attended, each text is encoded alone
-        device = self.ecg_encoder.cls.device
-        with self._inference():
-            features = []
-            for at in range(0, len(ids), group):
-                padded = nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids[at : at + group]], batch_first=True)
-                lengths = torch.tensor([len(i) for i in ids[at : at + group]])
-                mask = torch.arange(padded.shape[1]) < lengths[:, None]
-                features.append(self.text_features(padded.to(device), mask.to(device)))
-        return torch.cat(features)
-
-    def zero_shot(self, ecg: Tensor, prompts: Mapping[str, str]) -> Tensor:
-        """Raw dot products of ECG and prompt features, [B, classes] in the order of ``prompts``."""
-        return self.encode_ecg(ecg) @ self.encode_text(list(prompts.values())).T
-
-    @contextmanager
-    def _inference(self):
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.train(training)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors``, ``config.json`` and the tokenizer; see ``pretrained.save``."""
-        from dbeta.models import pretrained
-
-        pretrained.save(self, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, runtime: RuntimeConfig | None = None, *, tokenizer: str = "") -> Self:
-        """A model folder, a run folder or a hub id; strict, in eval mode; see ``pretrained.load``."""
-        from dbeta.models import pretrained
-
-        return pretrained.load(source, runtime, tokenizer=tokenizer)
 
 
 def check_config(config: ModelConfig) -> None:

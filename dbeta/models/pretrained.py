@@ -1,13 +1,14 @@
 """Saving and loading whole models, and pre-trained text weights. Strict: never a random weight without being asked.
 
-MODEL_DIR/config.json          format, version, report cleaning, network
+MODEL_DIR/config.json          format, version, report cleaning, network, what is known of its origin
+          README.md            the model card
           model.safetensors    every tensor of the network
           tokenizer/           what encode_text uses, where there is one
 """
 
 import dataclasses
 import json
-import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from dbeta.checkpoint import check_shapes
 from dbeta.config import Config, ModelConfig, RuntimeConfig
+from dbeta.files import foreign, put_in_place, sync_file, write_whole
+from dbeta.models.card import model_card
 from dbeta.models.dbeta import DBeta
 from dbeta.models.text_encoder import T5Encoder
 
@@ -34,16 +37,17 @@ def save(model: DBeta, folder: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     partial = folder / ".model.safetensors.partial"
     save_file(state, partial)
-    os.replace(partial, folder / "model.safetensors")
+    sync_file(partial)
+    put_in_place(partial, folder / "model.safetensors")
     described = {
         "format": "dbeta-model",
         "version": VERSION,
         "report_cleaning": model.report_cleaning,
         "model": dataclasses.asdict(model.config),
+        "about": model.about,
     }
-    partial = folder / ".config.json.partial"
-    partial.write_text(json.dumps(described, indent=2))
-    os.replace(partial, folder / "config.json")
+    write_whole(folder / "config.json", json.dumps(described, indent=2))
+    write_whole(folder / "README.md", model_card(model))
     if not isinstance(model.text_encoder, T5Encoder):
         model.text_encoder.model.config.save_pretrained(folder / "text_encoder")
     if model.tokenizer is not None:
@@ -62,6 +66,8 @@ def load(source: str | Path, runtime: RuntimeConfig | None = None, *, tokenizer:
         ValueError: nothing there, a newer format, or a tensor that is missing, unexpected or of another shape.
     """
     folder = _find(source)
+    if problem := foreign(folder / "model.safetensors"):
+        raise ValueError(f"{folder / 'model.safetensors'} {problem}")
     try:
         described = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
@@ -76,7 +82,8 @@ def load(source: str | Path, runtime: RuntimeConfig | None = None, *, tokenizer:
     config: ModelConfig = Config.from_dict({"model": described["model"]}).model
     if (folder / "text_encoder").is_dir():
         config = dataclasses.replace(config, text_encoder=str(folder / "text_encoder"))
-    model = _empty(config, runtime, report_cleaning=described.get("report_cleaning", "paper"))
+    cleaning, about = described.get("report_cleaning", "paper"), described.get("about")
+    model = _empty(config, runtime, report_cleaning=cleaning, about=about)
     check_shapes(weights, model.state_dict(), f"model {folder}")
     model.load_state_dict(weights, assign=True)
     spec = tokenizer or (str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else "")
@@ -85,6 +92,23 @@ def load(source: str | Path, runtime: RuntimeConfig | None = None, *, tokenizer:
 
         model.tokenizer = load_tokenizer(spec, max_vocabulary=config.text_vocab)
     return model.eval()
+
+
+def push(model: DBeta, repo: str, *, private: bool, token: str | None) -> str:
+    """See ``Inference.push_to_hub``."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder))
+        try:
+            address = api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a dbeta model")
+        except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{repo!r} cannot be written on the hub ({reason}); log in with: hf auth login") from None
+    return str(address)
 
 
 def _empty(config: ModelConfig, runtime: RuntimeConfig | None, **options: Any) -> DBeta:

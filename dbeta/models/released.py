@@ -6,6 +6,7 @@ expression.
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from dbeta.checkpoint import check_shapes
 from dbeta.config import ModelConfig
+from dbeta.files import foreign
+from dbeta.models.card import IMPORTED
 from dbeta.models.dbeta import DBeta
 
 # Our prefix -> theirs; the first rule that fits is used, {i} is a layer index.
@@ -86,6 +89,9 @@ _PACKED = {
         "multi_modal_language_layers.{i}.crossattention.self.{query,key,value}"
     ),
 }
+UNUSED = "ecg_encoder.mask_emb"
+# Weight normalisation under torch's newer name -> the name of the release.
+_NEW_NORM = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
 _MIMIC_ORDER = (0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 11)  # canonical lead -> its place in I II III aVR aVF aVL V1-V6
 
 
@@ -131,7 +137,7 @@ def from_released(released: dict[str, Tensor], model: DBeta, lead_order: str = "
         ValueError: tensors that are missing, unexpected or of another shape.
     """
     ours = model.state_dict()
-    released = {name: tensor for name, tensor in released.items() if name != "ecg_encoder.mask_emb"}
+    released = {name: tensor for name, tensor in released.items() if name != UNUSED}
     if model.config.etm_logits == 1:  # sigmoid(z) with z = z1 - z0 is the softmax of two logits
         for name in ("itm_head.fc.weight", "itm_head.fc.bias"):
             if name in released and len(released[name]) == 2:
@@ -150,12 +156,16 @@ def from_released(released: dict[str, Tensor], model: DBeta, lead_order: str = "
         if name.startswith("etm_head.") and len(tensor) == 1:
             value = value[1:]
         state[name] = value.reshape(tensor.shape).contiguous()
-    if lead_order == "mimic":
-        order = torch.tensor(_MIMIC_ORDER)
-        first = "ecg_encoder.stem.convs.0.weight"
-        state[first] = state[first][:, order].contiguous()
-        for name in ("mem_head.output.weight", "mem_head.output.bias"):
-            state[name] = state[name].unflatten(0, (12, -1))[order].flatten(0, 1).contiguous()
+    return permute_leads(state) if lead_order == "mimic" else state
+
+
+def permute_leads(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict for leads with aVL and aVF exchanged: the stem's input and the reconstruction's output."""
+    state, order = dict(state), torch.tensor(_MIMIC_ORDER)
+    first = "ecg_encoder.stem.convs.0.weight"
+    state[first] = state[first][:, order].contiguous()
+    for name in ("mem_head.output.weight", "mem_head.output.bias"):
+        state[name] = state[name].unflatten(0, (12, -1))[order].flatten(0, 1).contiguous()
     return state
 
 
@@ -165,6 +175,8 @@ def import_checkpoint(
     *,
     lead_order: Literal["canonical", "mimic"] = "canonical",
     etm_logits: Literal[1, 2] = 2,
+    tokenizer: str = "",
+    say: Callable[[str], None] | None = None,
 ) -> DBeta:
     """Read a released checkpoint.
 
@@ -173,6 +185,8 @@ def import_checkpoint(
         config_path: the released JSON configuration; None: metadata of the file, else the full model's settings.
         lead_order: see ``from_released``.
         etm_logits: 1 converts the matching head to one logit, exactly.
+        tokenizer: folder or hub id of the tokenizer to keep with the model (the release's is Flan-T5's).
+        say: where the self-check prints what was mapped; None: no self-check.
 
     Raises:
         ValueError: the file cannot be read, or does not hold exactly the tensors of such a model.
@@ -187,15 +201,65 @@ def import_checkpoint(
             raise ValueError(f"released configuration {config_path} cannot be read as JSON: {error}") from None
     config = config_of(released, settings, etm_logits)
     with torch.device("meta"):
-        model = DBeta(config, report_cleaning="released")
+        model = DBeta(config, report_cleaning="released", about=IMPORTED | {"settings": {"lead order": lead_order}})
     state = from_released(released, model, lead_order)
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    model.eval()
+    if tokenizer:
+        from dbeta.data.tokenizer import load_tokenizer
+
+        model.tokenizer = load_tokenizer(tokenizer, max_vocabulary=config.text_vocab)
+    if say is not None:
+        for line in check_import(released, model, lead_order):
+            say(line)
+    return model
+
+
+def check_import(released: dict[str, Tensor], model: DBeta, lead_order: str = "canonical") -> Iterator[str]:
+    """What was mapped, part by part, and the proof that nothing was lost on the way.
+
+    Raises:
+        ArithmeticError: a tensor that does not come back bit for bit, or features that are not finite.
+    """
+    state = model.state_dict()
+    parts: dict[str, list[str]] = {}
+    for name in state:
+        parts.setdefault(name.partition(".")[0], []).append(name)
+    for part, names in parts.items():
+        theirs = [other for name in names for other in released_names(name)]
+        above = sorted({name.partition(".")[0] for name in theirs})
+        count = sum(state[name].numel() for name in names)
+        yield f"  {' + '.join(above):58} -> {part:18} {len(theirs):4} tensors {count:12,} values"
+    for name in sorted(released.keys() & {UNUSED}):
+        yield f"  {name:58} -> dropped: no output reads it"
+    if lead_order == "mimic":
+        state = permute_leads(state)  # the order swaps two leads: twice is none
+    back = to_released(state)
+    if model.config.etm_logits == 1:  # the difference of two logits does not give them back
+        back = {name: tensor for name, tensor in back.items() if not name.startswith("itm_head")}
+    lost = [name for name, tensor in back.items() if not torch.equal(tensor, released[name])]
+    if lost:
+        raise ArithmeticError(f"the import lost {', '.join(lost[:3])}: this is a bug of dbeta, please report it")
+    yield f"  self-check: {len(back)} tensors come back bit for bit under their released names"
+    generator = torch.Generator().manual_seed(0)
+    ecg = 0.2 * torch.randn(2, model.config.leads, model.config.samples, generator=generator)
+    ids = torch.arange(2 * 5).reshape(2, 5) % model.config.text_vocab
+    with torch.no_grad():
+        features = {
+            "ECG": model.encode_ecg(ecg),
+            "text": model.text_features(ids, torch.ones_like(ids, dtype=torch.bool)),
+        }
+    for kind, found in features.items():
+        if not found.isfinite().all() or torch.equal(found[0], found[1]):
+            raise ArithmeticError(f"{kind} features of the imported model are not finite or always the same")
+        yield f"  self-check: {kind} features {list(found.shape)} finite, rms {found.square().mean().sqrt():.3f}"
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by released name, and the settings stored with them (if any)."""
     settings: dict[str, Any] = {}
+    if problem := foreign(path):
+        raise ValueError(f"checkpoint {path} {problem}")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -215,6 +279,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
         raise ValueError(f"checkpoint {path} is not a dictionary of tensors; give the released .pt or .safetensors")
+    for new, old in _NEW_NORM.items():
+        stored = {name.replace(new, old): tensor for name, tensor in stored.items()}
     return {name: tensor.float() for name, tensor in stored.items()}, settings
 
 

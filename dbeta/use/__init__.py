@@ -1,0 +1,1 @@
+"""Commands for people who have a model, or records, and train nothing: embed, ask, doctor, export."""

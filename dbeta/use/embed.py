@@ -1,0 +1,235 @@
+"""``dbeta embed`` and ``dbeta ask``: features and scores of files, whatever their format; what fails is listed.
+
+Work is kept in parts beside the output until it is complete, so a killed run goes on where it was. A part is found again
+by the model's tensors, the options, and names, sizes and times of its files.
+"""
+
+import csv
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dbeta.data.records import LEADS, read_record
+from dbeta.data.resample import resample
+from dbeta.data.tables import load_arrays, save_arrays
+from dbeta.files import put_in_place
+from dbeta.runtime import announce, progress
+
+if TYPE_CHECKING:
+    from dbeta.models.dbeta import DBeta
+
+PART = 512  # records whose features a killed run may lose
+KINDS = (".parquet", ".npz")
+
+
+@dataclass(kw_only=True)
+class Encoded:
+    """Features of records that could be read, and why others could not.
+
+    Attributes:
+        records: names; seconds: their lengths; leads: the leads each has.
+        features: float32 [N, D].
+        failures: (name, reason).
+    """
+
+    features: np.ndarray
+    records: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    leads: list[str] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+
+def encode_files(
+    model: "DBeta",
+    names: Sequence[str],
+    *,
+    lengths: str = "crop",
+    batch: int = 64,
+    workers: int = 2,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Encoded:
+    """Features of records by name; see ``Inference.encode_ecg`` for ``lengths``. The next batch is read meanwhile."""
+    result, found = Encoded(features=np.zeros((0, model.config.width), np.float32)), []
+    with ThreadPoolExecutor(workers) as pool:
+        for group, records in _ahead(pool, [names[i : i + batch] for i in range(0, len(names), batch)]):
+            ecgs = []
+            for name, record in zip(group, records):
+                if isinstance(record, Exception):
+                    result.failures.append((name, _reason(name, record)))
+                    continue
+                ecg, leads = record
+                ecgs.append(ecg)
+                result.records.append(name), result.leads.append(leads), result.seconds.append(ecg.shape[1] / 500)
+            if ecgs:
+                found.append(model.encode_ecg(ecgs, lengths=lengths, batch=batch).float().cpu().numpy())
+            advance(len(group))
+    if found:
+        result.features = np.concatenate(found)
+    return result
+
+
+def _ahead(pool: ThreadPoolExecutor, groups: Sequence[Sequence[str]]) -> Iterator[tuple[Sequence[str], list[Any]]]:
+    waiting = pool.map(_read, groups[0]) if groups else None
+    for place, group in enumerate(groups):
+        records = list(waiting)
+        waiting = pool.map(_read, groups[place + 1]) if place + 1 < len(groups) else None
+        yield group, records
+
+
+def _read(name: str) -> tuple[np.ndarray, str] | Exception:
+    try:
+        record = read_record(name)
+        leads = " ".join(lead for lead, there in zip(LEADS, record.present) if there)
+        return resample(record.to_mv(), record.rate_hz), leads
+    except Exception as error:  # damaged files provoke whatever their libraries raise; one must not end the run
+        return error
+
+
+def _reason(name: str, error: Exception) -> str:
+    said = " ".join(str(error).split()).removeprefix(f"{name}: ")
+    return said if isinstance(error, ValueError) else f"{type(error).__name__} {said}"
+
+
+def embed(
+    model: "DBeta", names: Sequence[str], out: Path, *, lengths: str = "crop", batch: int = 64, workers: int = 2
+) -> list[tuple[str, str]]:
+    """Write features of records to ``out``; returns (name, reason) of what failed, also in ``OUT.failures.csv``.
+
+    ``.parquet`` has the columns record, seconds, leads and feature (a list of D float32); ``.npz`` the arrays record,
+    seconds, leads and feature, for ``numpy.load``.
+
+    Raises:
+        ValueError: another ending, or a file that is already there.
+    """
+    from dbeta.evaluation.features import model_checksum
+
+    if out.suffix not in KINDS:
+        raise ValueError(f"--out {out}; accepted endings: {', '.join(KINDS)}")
+    if out.exists():
+        raise ValueError(f"{out} is already there; remove it or choose another --out")
+    parts = out.with_name(out.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    settings = f"{model_checksum(model)} {lengths}"
+    groups = [names[i : i + PART] for i in range(0, len(names), PART)]
+    kept = {place: done for place, group in enumerate(groups) if (done := _load(parts, place, _key(settings, group)))}
+    if kept:
+        announce(f"going on: {sum(len(groups[place]) for place in kept):,} of {len(names):,} records were done before")
+    failures: list[tuple[str, str]] = []
+    with progress("records", len(names)) as advance:
+        for place, group in enumerate(groups):
+            if done := kept.get(place):
+                advance(len(group))
+            else:
+                done = encode_files(model, group, lengths=lengths, batch=batch, workers=workers, advance=advance)
+                _save(parts, place, _key(settings, group), done)
+            failures += done.failures
+            kept[place] = None  # read again when all are there: memory does not grow with the number of records
+    every = lambda: (_load(parts, place, _key(settings, group)) for place, group in enumerate(groups))  # noqa: E731
+    (_write_parquet if out.suffix == ".parquet" else _write_npz)(out, every(), model.config.width)
+    if failures:
+        write_csv(out.with_name(out.name + ".failures.csv"), ("record", "reason"), failures)
+    shutil.rmtree(parts)
+    return failures
+
+
+def _key(settings: str, names: Sequence[str]) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for name in names:
+        file = Path(name.rpartition("#")[0] or name)
+        stat = file.stat() if file.is_file() else None
+        digest.update(f"{name} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
+
+
+def _save(parts: Path, place: int, key: str, done: Encoded) -> None:
+    told = {"key": key, "records": done.records, "seconds": done.seconds, "leads": done.leads}
+    save_arrays(parts / f"{place:06d}.npz", {"features": done.features}, told | {"failures": done.failures})
+
+
+def _load(parts: Path, place: int, key: str) -> Encoded | None:
+    path = parts / f"{place:06d}.npz"
+    if not path.is_file():
+        return None
+    arrays, told = load_arrays(path, ("features",))
+    if told.pop("key") != key:
+        return None
+    failures = [(name, reason) for name, reason in told.pop("failures")]
+    return Encoded(features=arrays["features"], failures=failures, **told)
+
+
+def _write_parquet(out: Path, parts: Iterator[Encoded], width: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {
+        "record": pa.string(),
+        "seconds": pa.float32(),
+        "leads": pa.string(),
+        "feature": pa.list_(pa.float32(), width),
+    }
+    partial = out.with_name(f".{out.name}")
+    with pq.ParquetWriter(partial, pa.schema(kinds.items())) as writer:
+        for part in parts:
+            feature = pa.FixedSizeListArray.from_arrays(pa.array(part.features.ravel(), pa.float32()), width)
+            columns = {"record": part.records, "seconds": part.seconds, "leads": part.leads, "feature": feature}
+            writer.write_table(pa.table(columns, pa.schema(kinds.items())))
+    put_in_place(partial, out)
+
+
+def _write_npz(out: Path, parts: Iterator[Encoded], width: int) -> None:
+    every = list(parts)
+    arrays = {
+        "record": np.array([name for part in every for name in part.records], np.str_),
+        "seconds": np.array([s for part in every for s in part.seconds], np.float32),
+        "leads": np.array([leads for part in every for leads in part.leads], np.str_),
+        "feature": np.concatenate([part.features for part in every]),
+    }
+    save_arrays(out, arrays, {"width": width})
+
+
+def ask(
+    model: "DBeta", names: Sequence[str], prompts: dict[str, Sequence[str]], **how: Any
+) -> tuple[list[tuple], list[tuple[str, str]]]:
+    """Scores of described classes for records: rows (record, score of each prompt in order), and what failed.
+
+    Args:
+        prompts: name -> texts; several count as the mean of their features.
+        how: of ``encode_files``.
+    """
+    classes = model.encode_prompts(prompts).float().cpu().numpy()
+    with progress("records", len(names)) as advance:
+        done = encode_files(model, names, advance=advance, **how)
+    scores = done.features @ classes.T
+    return [(name, *row) for name, row in zip(done.records, scores.tolist())], done.failures
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[tuple]) -> None:
+    """A CSV file that appears whole; floats with six significant digits."""
+    partial = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    put_in_place(partial, path)
+
+
+def show(columns: Sequence[str], rows: Sequence[tuple], most: int = 40) -> Any:
+    """Rows as a table for people."""
+    from rich import box
+    from rich.table import Table
+
+    more = f"the first {most} of {len(rows):,}; --out FILE.csv writes all" if len(rows) > most else None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=more)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    for row in rows[:most]:
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+    return table
