@@ -10,6 +10,7 @@ from dbeta.evaluation.commands import register as register_evaluate
 SOURCES = ("mimic-iv-ecg", "ptb-xl", "cpsc2018", "csn", "cinc2021", "code-test", "code-15", "ptb", "sph", "synthetic")
 DEVICE = click.Choice(["auto", "cpu", "cuda"])
 FOLDER = click.Path(path_type=Path)
+LENGTHS_HELP = "Records that are not 10 s: zero-padded if shorter; their first 10 s or the mean of windows if longer."
 
 
 class OneLine(click.Command):
@@ -100,15 +101,123 @@ def negatives(corpus, encoder, k, device, engine, remedy):
 @click.argument("released", type=FOLDER)
 @click.option("--config", type=FOLDER, help="The released JSON configuration, where the file carries none.")
 @click.option("--lead-order", type=click.Choice(["canonical", "mimic"]), default="canonical", help="Of its ECGs.")
+@click.option("--tokenizer", default="", help="Folder or hub id of its tokenizer (Flan-T5's), kept with the model.")
 @click.option("--out", type=FOLDER, required=True, help="Model folder to write.")
-def import_checkpoint(released, config, lead_order, out):
-    """Turn a checkpoint of the authors' release into a model folder."""
+def import_checkpoint(released, config, lead_order, tokenizer, out):
+    """Turn a checkpoint of the authors' release into a model folder; prints what was mapped."""
     from dbeta.models.released import import_checkpoint
 
-    model = import_checkpoint(released, config, lead_order=lead_order)
+    def say(line):
+        click.echo(line, err=True)
+
+    model = import_checkpoint(released, config, lead_order=lead_order, tokenizer=tokenizer, say=say)
     model.save_pretrained(out)
     count = sum(parameter.numel() for parameter in model.parameters())
-    click.echo(f"{out}: {count:,} parameters, {len(model.state_dict())} tensors mapped from {released}", err=True)
+    say(f"{out}: {count:,} parameters, {len(model.state_dict())} tensors mapped from {released}")
+
+
+def _reading(command):
+    """The options of commands that put a user's records through a model."""
+    for option in (
+        click.option("--column", default="", help="Column of paths, where a PATH is a table."),
+        click.option("--lengths", type=click.Choice(["crop", "mean"]), default="crop", help=LENGTHS_HELP),
+        click.option("--batch", type=click.IntRange(1), default=64, help="Records computed at once."),
+        click.option("--workers", type=click.IntRange(1), default=2, help="Threads that read records."),
+        click.option("--device", type=DEVICE, default="auto", help="Where to compute."),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("model")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--out", type=FOLDER, required=True, help="FILE.parquet or FILE.npz to write.")
+@_reading
+def embed(model, paths, out, column, lengths, batch, workers, device):
+    """Features of records: files, folders, globs, tables of paths. Killed, the same command goes on."""
+    from dbeta import DBeta
+    from dbeta.use.embed import embed
+    from dbeta.use.find import find_records
+
+    names = find_records(paths, column)
+    model = DBeta.from_pretrained(model, device=device)
+    failures = embed(model, names, out, lengths=lengths, batch=batch, workers=workers)
+    click.echo(f"{out}: features [{len(names) - len(failures)}, {model.config.width}]", err=True)
+    _failed(failures)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--prompts", type=FOLDER, required=True, help="JSON file {name: description or list of descriptions}.")
+@click.option("--out", type=FOLDER, help="FILE.csv to write.  [default: show a table]")
+@click.option("--tokenizer", default="", help="Folder or hub id, where the model has no tokenizer of its own.")
+@_reading
+def ask(model, paths, prompts, out, tokenizer, column, lengths, batch, workers, device):
+    """Scores of your own descriptions for records: dot products that rank records, not probabilities."""
+    from dbeta import DBeta
+    from dbeta.evaluation.prompts import read_prompts
+    from dbeta.use.embed import ask, show, write_csv
+    from dbeta.use.find import find_records
+
+    texts, names = read_prompts(prompts), find_records(paths, column)
+    model = DBeta.from_pretrained(model, tokenizer=tokenizer, device=device)
+    rows, failures = ask(model, names, texts, lengths=lengths, batch=batch, workers=workers)
+    if out:
+        write_csv(out, ("record", *texts), rows)
+        click.echo(f"{out}: {len(rows):,} records, {len(texts)} descriptions", err=True)
+    else:
+        from rich.console import Console
+
+        Console().print(show(("record", *texts), rows))
+    _failed(failures)
+
+
+def _failed(failures):
+    """Name what could not be read, and end with exit code 1."""
+    for name, reason in failures[:20]:
+        click.echo(f"{name}: {reason}", err=True)
+    if failures:
+        raise click.ClickException(f"{len(failures):,} records could not be read; the rest is done")
+
+
+@main.command()
+@click.argument("path", type=FOLDER)
+@click.option("--checksums", is_flag=True, help="Verify every byte of a corpus.")
+@click.option("--splits", type=FOLDER, help="Audit a folder of published split files as well.")
+@click.option("--against", type=FOLDER, multiple=True, help="Another corpus in which to search for the same signals.")
+@click.option("--json", "out", type=FOLDER, help="Write all that was found as JSON.")
+@click.option("--limit", type=click.IntRange(1), help="Look at this many records only.")
+def doctor(path, checksums, splits, against, out, limit):
+    """What is in a folder of records or a corpus; exit code 1 where something would be rejected."""
+    import json
+
+    from rich.console import Console
+
+    from dbeta.files import write_whole
+    from dbeta.use.doctor import examine, show
+
+    survey = examine(path, checksums=checksums, splits=splits, against=against, limit=limit)
+    if out:
+        write_whole(out, json.dumps(survey.to_dict(), indent=1))
+    Console().print(show(survey))
+    if not survey.sound:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--out", type=FOLDER, required=True, help="FILE.pt2 (torch.export) or FILE.onnx to write.")
+def export(model, out):
+    """The ECG encoder for other runtimes, checked against PyTorch."""
+    from dbeta import DBeta
+    from dbeta.use.export import export
+
+    model = DBeta.from_pretrained(model)
+    worst = export(model, out)
+    shape = f"ecg float32 [B, {model.config.leads}, {model.config.samples}] -> features [B, {model.config.width}]"
+    click.echo(f"{out}: {shape}; differs from PyTorch by {worst:.1e}", err=True)
 
 
 register_evaluate(main)

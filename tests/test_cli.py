@@ -16,7 +16,11 @@ OPTIONS = {
         "--preset", "--data", "--out", "--resume", "--compile", "--device", "--seed", "--set", "--show-examples",
     },
     "prepare": {"--out", "--workers", "--limit", "--seed", "--cleaning"},
-    "import-checkpoint": {"--config", "--lead-order", "--out"},
+    "import-checkpoint": {"--config", "--lead-order", "--tokenizer", "--out"},
+    "embed": {"--out", "--column", "--lengths", "--batch", "--workers", "--device"},
+    "ask": {"--prompts", "--out", "--tokenizer", "--column", "--lengths", "--batch", "--workers", "--device"},
+    "doctor": {"--checksums", "--splits", "--against", "--json", "--limit"},
+    "export": {"--out"},
     "negatives": {"--encoder", "--k", "--device", "--engine", "--remedy"},
     "evaluate zero-shot": {
         *EVALUATE, *SETS, "--prompts", "--leads", "--annotations", "--figures", "--pairs",

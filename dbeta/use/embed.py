@@ -1,12 +1,11 @@
 """``dbeta embed`` and ``dbeta ask``: features and scores of files, whatever their format; what fails is listed.
 
-Work is kept in parts beside the output until it is complete, so a killed run goes on where it was. A part is found again
-by the model's tensors, the options, and names, sizes and times of its files.
+Work is kept in parts beside the output until it is complete, so a killed run goes on where it was. A part is found
+again by the model's tensors, the options, and names, sizes and times of its files.
 """
 
 import csv
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,5 +1,6 @@
 """Which records a user means: files, folders, globs and tables of paths, of any supported format."""
 
+import contextlib
 import csv
 import glob
 from collections.abc import Iterable, Iterator
@@ -64,10 +65,8 @@ def _named(file: Path) -> Iterator[str]:
         return
     exams = None
     if file.suffix in HDF5 and file.is_file():
-        try:
+        with contextlib.suppress(ValueError):  # the reader says what is wrong with it
             exams = count_exams(file)
-        except ValueError:
-            pass  # the reader says what is wrong with it
     yield from (f"{file}#{row}" for row in range(exams)) if exams is not None else (str(file),)
 
 
