@@ -1,10 +1,10 @@
-"""Fill the tables of README.md from committed results, so that no figure is typed.
+"""Fill the tables of README.md and docs/ from committed results, so that no figure is typed.
 
 A table lies between ``<!-- table:FILE/BENCHMARK -->`` and ``<!-- /table -->``, where FILE is the stem of a JSON file in
 bench/results; ``<!-- table:budgets -->`` is what the tuned configurations compile to under the newest Triton known.
 
-    python tools/readme_tables.py            rewrite README.md
-    python tools/readme_tables.py --check    only say whether it is up to date
+    python tools/readme_tables.py            rewrite README.md and docs/*.md
+    python tools/readme_tables.py --check    only say whether they are up to date
 """
 
 import argparse
@@ -42,7 +42,7 @@ def table(name: str, root: Path = ROOT) -> str:
     stem, _, benchmark = name.rpartition("/")
     path = root / "bench" / "results" / f"{stem}.json"
     if not path.exists():
-        raise SystemExit(f"README.md asks for table {name}, but {path.relative_to(root)} does not exist")
+        raise SystemExit(f"a document asks for table {name}, but {path.relative_to(root)} does not exist")
     results = json.loads(path.read_text())
     where = f"{results['device']}, {results['threads']} threads, torch {results['packages']['torch']}"
     return (
@@ -56,15 +56,18 @@ def filled(text: str, root: Path = ROOT) -> str:
 
 
 def main() -> None:
-    """Rewrite or check README.md."""
+    """Rewrite or check README.md and docs/*.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = filled(old)
-    if parser.parse_args().check:
-        sys.exit(None if new == old else "README.md is not what tools/readme_tables.py makes of bench/results")
-    readme.write_text(new)
+    check, stale = parser.parse_args().check, []
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = document.read_text()
+        new = filled(old)
+        if new != old:
+            stale.append(document.name)
+            if not check:
+                document.write_text(new)
+    sys.exit(f"{', '.join(stale)}: not what tools/readme_tables.py makes of bench/results" if check and stale else None)
 
 
 if __name__ == "__main__":

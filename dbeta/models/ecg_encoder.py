@@ -96,8 +96,8 @@ class EcgEncoder(nn.Module):
 
     def forward(self, ecg: Tensor, keep: Tensor | None = None, *, gathered: bool = True) -> Tensor:
         """[B, C, L] mV -> [B, 1 + T, D], CLS first; [B, 1 + K, D] with ``keep``."""
-        tokens = self.embed(ecg, keep, gathered=gathered)
-        x = torch.cat((self.cls.to(tokens.dtype).expand(len(tokens), 1, -1), tokens), 1)
+        tokens = self.embed(ecg, keep, gathered=gathered)  # below .shape, not len(): an exported batch stays dynamic
+        x = torch.cat((self.cls.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens), 1)
         x = F.dropout(self.norm(x), self.dropout, self.training)
         for layer in self.layers:
             x = layer(x)

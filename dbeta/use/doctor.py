@@ -99,16 +99,17 @@ def _folder(path: Path, limit: int | None) -> Survey:
     survey, texts = Survey(path=str(path), kind="records"), []
     names = find_records([path])[:limit]
     survey.records = len(names)
-    survey.findings += same_signals(_examined(survey, names, texts))
+    survey.findings += same_signals(_examined(survey, names, path, texts))
     survey.text = text_statistics(texts)
     return survey
 
 
-def _examined(survey: Survey, names: Sequence[str], texts: list[str]) -> Iterator[Signal]:
+def _examined(survey: Survey, names: Sequence[str], folder: Path, texts: list[str]) -> Iterator[Signal]:
     """Enter every record into the survey; hand on the signals of those that can be read."""
-    for name in track(names, "records"):
+    for found in track(names, "records"):
+        name = found.removeprefix(f"{folder}/")
         try:
-            kind, raw = read_raw(Path(name))
+            kind, raw = read_raw(Path(found))
             _enter_raw(survey, name, kind, raw, texts)
             record = canonical(raw, name=name, subject="")
         except ValueError as error:
