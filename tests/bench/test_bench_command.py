@@ -96,3 +96,25 @@ def test_inputs_rotate_on_a_gpu_only():
     made = itertools.count()
     source = timing.rotation(lambda seed: {"seed": seed, "n": next(made)}, CPU)
     assert [source()["seed"] for _ in range(3)] == [0, 0, 0]
+
+
+def test_features_are_timed_only_where_they_agree(monkeypatch):
+    from dbeta_bench import encode
+
+    sizes = {
+        "width": 48,
+        "stem_width": 16,
+        "ecg_layers": 1,
+        "ecg_heads": 4,
+        "ecg_ffn": 48,
+        "fusion_heads": 4,
+        "pos_kernel": 8,
+    }
+    rows = encode.run(batches=(1, 2), repeats=2, say=lambda line: None, **sizes)
+    assert [(row["encoder"], row["batch"]) for row in rows] == [
+        (name, batch) for batch in (1, 2) for name in ("encode_ecg", "torch.export")
+    ]
+    assert all(row["records_per_s"] == pytest.approx(row["batch"] / row["ms"] * 1e3) for row in rows)
+    monkeypatch.setattr(encode, "TOLERANCE", -1.0)
+    with pytest.raises(ArithmeticError, match="no time is given"):
+        encode.run(batches=(1,), repeats=2, say=lambda line: None, **sizes)
