@@ -11,22 +11,89 @@ manifest shows if it was damaged afterwards. ``latest`` then falls back to the o
 
 import json
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dbeta.distributed import placed_like
+from dbeta.distributed import whole as whole_tensor
 from dbeta.files import file_digest, put_in_place, sync_file
-from dbeta.runtime import announce
+from dbeta.runtime import warn
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+Snapshot = dict[str, dict[str, torch.Tensor]]  # file name -> tensors
 
 
-def save(
-    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
-) -> Path:
+class Writer:
+    """Writes checkpoints below ``folder`` while training goes on; keeps the newest ``keep``.
+
+    Only copying the tensors holds training up. An error of the disk is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="dbeta-checkpoint")
+        self.writing: Future | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.thread.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+    def save(self, step: int, tensors: Snapshot, state: dict[str, Any]) -> None:
+        """Begin to write checkpoint ``step``, once the one before is there."""
+        self.wait()
+        self.writing = self.thread.submit(write, self.folder, step, tensors, state, self.keep)
+
+    def check(self) -> None:
+        """Raise what went wrong with the last checkpoint, if that is known already."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk.
+
+        Raises:
+            OSError: see ``write``.
+        """
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+
+def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, wanted: bool = True) -> Snapshot:
+    """Copies of all tensors in host memory, by file name. Sharded ones become whole, so every rank has to call this.
+
+    Whole tensors in safetensors, since one file then serves any number of ranks, either strategy, and evaluation; the
+    sharded files of torch.distributed.checkpoint hold their metadata in a pickle, which nothing here reads. The first
+    rank's host needs 12 bytes a parameter, 4 GB for the paper's network.
+
+    Args:
+        wanted: whether this rank keeps the copies; else it returns nothing.
+    """
+    moments = {
+        f"{name}:{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    copies: Snapshot = {}
+    for file, tensors in (("model.safetensors", model.state_dict()), ("optimizer.safetensors", moments)):
+        copies[file] = {}
+        for name, tensor in tensors.items():
+            value = whole_tensor(tensor.detach())
+            if wanted:
+                copies[file][name] = value.to("cpu", copy=True).contiguous()
+    return copies
+
+
+def write(folder: Path, step: int, tensors: Snapshot, state: dict[str, Any], keep: int) -> Path:
     """Write checkpoint ``step`` below ``folder`` and delete all but the newest ``keep``.
 
     Raises:
@@ -34,11 +101,12 @@ def save(
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        save_file(_tensors(model.state_dict()), partial / "model.safetensors")
-        save_file(_moments(model, optimizer), partial / "optimizer.safetensors")
+        for left in folder.glob(".*.partial"):  # of a run that was killed
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+        for name, values in tensors.items():
+            save_file(values, partial / name)
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(partial.iterdir())
@@ -46,16 +114,25 @@ def save(
         (partial / "manifest.json").write_text(json.dumps(files, indent=1))
         for path in partial.iterdir():
             sync_file(path)
-        shutil.rmtree(final, ignore_errors=True)
+        sync_file(partial)
+        if final.is_dir():
+            _discard(final)
         put_in_place(partial, final)
-    except OSError as error:
+        for old in whole(folder)[:-keep]:
+            _discard(old)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"checkpoint at step {step} not written to {folder}: {error}; free some space and use --resume"
+            f"checkpoint at step {step} not written to {folder}: {error}; the one before it is whole. Free some space "
+            "and use --resume"
         ) from error
-    for old in whole(folder)[:-keep]:
-        shutil.rmtree(old)
     return final
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint, which until then carries its final name only as long as it is whole."""
+    doomed = path.rename(path.with_name(f".{path.name}.discarded.partial"))
+    shutil.rmtree(doomed)
 
 
 def whole(folder: Path) -> list[Path]:
@@ -64,12 +141,19 @@ def whole(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint; a damaged one is named, with what is wrong, and the one before it is used."""
-    for path in reversed(whole(folder)):
+    """The newest undamaged checkpoint, None where none was written yet; a damaged one is named, with what is wrong.
+
+    Raises:
+        ValueError: there are checkpoints, and every one is damaged.
+    """
+    found = whole(folder)
+    for path in reversed(found):
         problem = damage(path)
         if problem is None:
             return path
-        announce(f"checkpoint {path} is damaged ({problem}); using the one before it")
+        warn(f"checkpoint {path} is damaged ({problem}); using the one before it")
+    if found:
+        raise ValueError(f"every checkpoint in {folder} is damaged: none to go on from; start anew with another --out")
     return None
 
 
@@ -95,21 +179,24 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
     Raises:
         ValueError: a tensor is missing, extra or of another shape; nothing is changed then.
     """
-    device = next(model.parameters()).device
     try:
         weights = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors") if optimizer else {}
-    except (SafetensorError, OSError) as error:
+        state = json.loads((path / "state.json").read_text())
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
-    check_shapes(weights, model.state_dict(), f"checkpoint {path}")
-    model.load_state_dict(weights)
+    wanted = model.state_dict()
+    check_shapes(weights, wanted, f"checkpoint {path}")
+    model.load_state_dict({name: placed_like(weights[name], tensor) for name, tensor in wanted.items()})
     if optimizer:
         for name, parameter in model.named_parameters():
             if f"{name}:step" in moments:
-                optimizer.state[parameter] = {key: moments[f"{name}:{key}"].to(device) for key in MOMENTS}
-                if device.type == "cpu":  # the fused CPU kernel wants its step count as loaded: float32 on the host
-                    optimizer.state[parameter]["step"] = moments[f"{name}:step"]
-    return json.loads((path / "state.json").read_text())
+                step, *averages = (moments[f"{name}:{key}"] for key in MOMENTS)
+                # The fused kernel of the CPU wants its step count as loaded: float32 on the host.
+                count = step if parameter.device.type == "cpu" else step.to(parameter.device)
+                placed = (placed_like(value, parameter) for value in averages)
+                optimizer.state[parameter] = dict(zip(MOMENTS, (count, *placed)))
+    return state
 
 
 def check_shapes(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], source: str) -> None:
@@ -126,15 +213,3 @@ def check_shapes(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         raise ValueError(
             f"{source} does not fit the model ({'; '.join(problems)}); use the configuration it was made with"
         )
-
-
-def _tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-
-
-def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    entries = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            entries[f"{name}:{key}"] = value.detach().contiguous().cpu()
-    return entries

@@ -31,6 +31,7 @@ class DataConfig:
     negatives: Literal["n3s", "random"] = "n3s"  # random: the ablation without N3S (Table 6)
     engine: Literal["auto", "dali", "reference"] = "auto"
     workers: int = 2
+    on_corrupt: Literal["stop", "skip"] = "stop"  # a record that cannot be read; skip: the next one of its split
     synthetic_records: int = 4000  # size of the built-in corpus, used when no --data is given
 
 
@@ -100,6 +101,7 @@ class LossConfig:
     reconstruct_rows: Literal["all", "matched"] = "all"
     ets_reduction: Literal["batch", "mean"] = "batch"  # Eq. 4: sum / B [P]; the release divides by B^2
     ets_same_report: Literal["negative", "ignore", "positive"] = "negative"
+    ets_pairs: Literal["micro", "batch"] = "micro"  # with train.accumulate: pairs of a micro-batch | of the whole batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +149,8 @@ class RuntimeConfig:
     compile: bool = False
     cuda_graphs: bool = True  # replay the compiled step as a CUDA graph, where there is a GPU
     deterministic: bool = False
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # several ranks: whole weights on each | weights and moments sharded
+    timeout_s: float = 600.0  # a rank that waits longer than this for another ends the run; above a validation's time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

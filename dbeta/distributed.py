@@ -1,26 +1,41 @@
-"""Several processes on PyTorch's own engine: joining, wrapping a model, and the ETS loss round a ring.
+"""Several processes on PyTorch's own engine: joining, agreeing, wrapping a model, and sharded tensors as whole ones.
 
 Every rank holds ``batch / world`` rows of the global batch. The data order, negatives, MLM and lead masks and visible
 tokens depend on the global row alone, so they are those of one process with the whole batch; only dropout differs.
 """
 
+import contextlib
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from dbeta_kernels.ets_loss import ets_loss
+T = TypeVar("T")
+
+
+def share_of(batch: int, rank: int, world: int, parts: int = 1) -> Tensor:
+    """The rows of a global batch that a rank holds: int64 [batch / world], its share of each of ``parts`` in order.
+
+    Part p is always rows p * batch / parts and on, so what is in a micro-batch does not depend on the number of ranks.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    if batch % (world * parts):
+        over = f"{world} ranks" + (f" x {parts} micro-batches" if parts > 1 else "")
+        raise ValueError(f"train.batch = {batch} does not divide over {over}; use a multiple of {world * parts}")
+    return torch.arange(batch).view(parts, world, -1)[:, rank].flatten()
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them."""
+    """This process among all of them. Alone, nothing is communicated."""
 
     rank: int = 0
     world: int = 1
@@ -30,31 +45,53 @@ class Ranks:
         """Whether this rank writes files and speaks."""
         return self.rank == 0
 
-    def rows(self, batch: int) -> Tensor:
-        """The global rows of this rank, int64 [batch / world].
-
-        Raises:
-            ValueError: the batch does not divide by the number of ranks.
-        """
-        if batch % self.world:
-            raise ValueError(
-                f"train.batch = {batch} does not divide over {self.world} ranks; use a multiple of {self.world}"
-            )
-        share = batch // self.world
-        return torch.arange(self.rank * share, (self.rank + 1) * share)
+    def rows(self, batch: int, parts: int = 1) -> Tensor:
+        """The global rows of this rank; see ``share_of``."""
+        return share_of(batch, self.rank, self.world, parts)
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over ranks, the same on each; not differentiable."""
-        if self.world > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value = value / self.world
-        return value
+        return value if self.world == 1 else _reduced(value, dist.ReduceOp.SUM) / self.world
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world > 1:
-            dist.barrier()
+    def any(self, flag: Tensor) -> Tensor:
+        """Whether a bool is set on any rank, the same on each."""
+        return flag if self.world == 1 else _reduced(flag.int(), dist.ReduceOp.MAX).bool()
+
+    def once(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns on the first rank, for all. Its error there ends all of them, so that none waits."""
+        if self.world == 1:
+            return work()
+        outcome: list = [None, None]
+        failure = None
+        if self.first:
+            try:
+                outcome = [work(), None]
+            except Exception as error:
+                failure, outcome = error, [None, str(error)]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise failure or ValueError(outcome[1])
+        return outcome[0]
+
+    def pass_on(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """Send each tensor to the next rank and return what the previous one sent."""
+        received = [torch.empty_like(tensor) for tensor in tensors]
+        after, before = (self.rank + 1) % self.world, (self.rank - 1) % self.world
+        operations = [dist.P2POp(dist.isend, tensor, after) for tensor in tensors]
+        operations += [dist.P2POp(dist.irecv, tensor, before) for tensor in received]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        return received
+
+
+ALONE = Ranks()
+
+
+@torch.compiler.disable
+def _reduced(value: Tensor, operation: dist.ReduceOp) -> Tensor:
+    value = value.detach().clone()
+    dist.all_reduce(value, operation)
+    return value
 
 
 def join(device: torch.device, timeout_s: float) -> Ranks:
@@ -63,9 +100,9 @@ def join(device: torch.device, timeout_s: float) -> Ranks:
     A rank that waits longer than ``timeout_s`` for the others ends with an error that names the collective.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Ranks()
+        return ALONE
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what hosts agree on goes by gloo
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Ranks(dist.get_rank(), dist.get_world_size())
 
@@ -76,96 +113,92 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def wrap(module: nn.Module, strategy: str, ranks: Ranks, blocks: Callable[[nn.Module], list[nn.Module]]) -> nn.Module:
-    """``ddp``: gradients averaged while the backward pass runs. ``fsdp``: weights and moments sharded too (FSDP2).
+@contextlib.contextmanager
+def explained(ranks: Ranks, timeout_s: float) -> Iterator[None]:
+    """Turn what a collective raises when a rank has died or hangs into one line that says so.
 
-    Args:
-        module: its ``forward`` is the whole computation of the losses.
-        blocks: the layers that FSDP gathers one at a time.
+    Raises:
+        ConnectionError: in its place.
     """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if ranks.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+            raise
+        raise ConnectionError(
+            f"rank {ranks.rank} of {ranks.world}: another rank has ended, or was silent for {timeout_s:g} s "
+            f"(runtime.timeout_s): {text.splitlines()[0][:200]}. Checkpoints are whole; go on with --resume"
+        ) from error
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+class Wrappable(Protocol):
+    """A module whose ``forward`` is the whole computation of the losses."""
+
+    unused_parameters: bool  # whether there are some that no loss reads
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers that FSDP gathers one at a time; everything else is gathered for the whole step."""
+
+
+def wrap(module: Wrappable, strategy: str, ranks: Ranks) -> nn.Module:
+    """``ddp``: gradients averaged while the backward pass runs. ``fsdp``: weights and moments sharded too (FSDP2)."""
     if ranks.world == 1:
         return module
+    device = next(module.parameters()).device
     if strategy == "ddp":
-        device = next(module.parameters()).device
-        ids = [device.index] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+            gradient_as_bucket_view=True, find_unused_parameters=module.unused_parameters,
+        )  # fmt: skip
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(next(module.parameters()).device.type, (ranks.world,))
-    for block in blocks(module):
+    mesh = init_device_mesh(device.type, (ranks.world,))
+    for block in module.blocks():
         fully_shard(block, mesh=mesh)
     return fully_shard(module, mesh=mesh)
 
 
-def ring_ets_loss(
-    ecg: Tensor,
-    text: Tensor,
-    aligned: Tensor,
-    *,
-    ranks: Ranks,
-    ecg_reports: Tensor,
-    text_reports: Tensor,
-    reduction: str,
-    **options: Any,
-) -> Tensor:
-    """The ETS loss (Eq. 4) of this rank's ECGs against the texts of all ranks; memory linear in the local batch.
-
-    Texts go round the ring: at each hop a rank scores its ECGs against the block it holds through ``ets_loss``'s block
-    mode (no diagonal but its own) and adds to the gradient that travels with the block, which after ``world`` hops is
-    complete and back at its owner. The mean of the returned values over ranks is the loss of the whole batch, and
-    gradients averaged over ranks (DDP, FSDP) are its gradients, exactly.
-
-    Args:
-        ecg, text: float [b, D], this rank's rows.
-        aligned: bool [b].
-        ecg_reports, text_reports: int64 [b].
-        reduction, options: as ``ets_loss``.
-    """
-    if ranks.world == 1:
-        return ets_loss(
-            ecg, text, aligned, ecg_reports=ecg_reports, text_reports=text_reports, reduction=reduction, **options
-        )
-    if reduction == "mean":
-        options["blocks"] = ranks.world
-    return _RingEts.apply(ecg, text, aligned, ecg_reports, text_reports, ranks, {"reduction": reduction, **options})
+def gradients_of(module: nn.Module, *, complete: bool) -> contextlib.AbstractContextManager:
+    """Around forward and backward of a micro-batch: ranks exchange gradients only with the last one, ``complete``."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext() if complete else module.no_sync()
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(complete)
+    return contextlib.nullcontext()
 
 
-class _RingEts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, ecg, text, aligned, ecg_reports, text_reports, ranks, options):
-        options = dict(options)
-        share = 1 / options.pop("blocks", 1)  # the mean over pairs counts the columns of every block
-        total = ecg.new_zeros((), dtype=torch.promote_types(ecg.dtype, torch.float32))
-        grad_ecg, grad_block = torch.zeros_like(ecg), torch.zeros_like(text)
-        block, reports = text.detach().contiguous(), text_reports.contiguous()
-        for hop in range(ranks.world):
-            with torch.enable_grad():
-                x, t = ecg.detach().requires_grad_(), block.requires_grad_()
-                loss = share * ets_loss(
-                    x, t, aligned, ecg_reports=ecg_reports, text_reports=reports, diagonal=hop == 0, **options
-                )
-                gradients = torch.autograd.grad(loss, (x, t))
-            total += loss.detach()
-            grad_ecg += gradients[0]
-            grad_block += gradients[1]
-            block, grad_block, reports = _pass_on((block.detach(), grad_block, reports), ranks)
-        ctx.save_for_backward(grad_ecg, grad_block)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grad_ecg, grad_text = ctx.saved_tensors
-        return grad * grad_ecg, grad * grad_text, None, None, None, None, None
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor as a whole one, which every rank has to ask for; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _pass_on(tensors: tuple[Tensor, ...], ranks: Ranks) -> list[Tensor]:
-    """Send each tensor to the next rank and return what the previous one sent."""
-    received = [torch.empty_like(tensor) for tensor in tensors]
-    after, before = (ranks.rank + 1) % ranks.world, (ranks.rank - 1) % ranks.world
-    operations = [dist.P2POp(dist.isend, tensor, after) for tensor in tensors]
-    operations += [dist.P2POp(dist.irecv, tensor, before) for tensor in received]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
-    return received
+def placed_like(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor where ``like`` is sharded; communicates nothing."""
+    if not hasattr(like, "full_tensor"):
+        return value.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def replica(model: nn.Module, strategy: str, ranks: Ranks) -> nn.Module | None:
+    """What a single rank can run and save: the model itself or, where it is going to be sharded, the first's copy."""
+    if ranks.world == 1 or strategy == "ddp":
+        return model
+    return copy.deepcopy(model) if ranks.first else None
+
+
+def refresh(copied: nn.Module | None, model: nn.Module) -> None:
+    """Bring the weights of a ``replica`` up to date; called by every rank."""
+    if copied is model:
+        return
+    targets = {} if copied is None else copied.state_dict()
+    for name, tensor in model.state_dict().items():
+        value = whole(tensor)
+        if copied is not None:
+            targets[name].copy_(value)

@@ -39,16 +39,15 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make the content of a finished file durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Make the content of a finished file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def put_in_place(partial: Path, path: Path) -> None:
     """Rename a finished file or folder, durably."""
     os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_file(path.parent)

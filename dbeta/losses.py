@@ -1,16 +1,22 @@
-"""The four objectives of pre-training (paper 3.2, Eq. 1-4; MODEL section 8): total = MLM + MEM + ETM + ETS."""
+"""The four objectives of pre-training (paper 3.2, Eq. 1-4; MODEL section 8): total = MLM + MEM + ETM + ETS.
+
+With several ranks each value is such that its mean over ranks is that of the global batch, and so are gradients, which
+DDP and FSDP average.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbeta.config import LossConfig
-from dbeta_kernels.ets_loss import ets_loss
+from dbeta.distributed import ALONE, Ranks
+from dbeta.ets import ring_ets_loss
 from dbeta_kernels.mem_loss import mem_loss
 
 if TYPE_CHECKING:
@@ -32,8 +38,15 @@ class Losses:
     mlm_count: Tensor  # masked words
 
 
-def pretraining_losses(model: DBeta, batch: Batch, config: LossConfig) -> Losses:
-    """One forward pass and its losses; weights of ``config`` multiply the terms of the total."""
+def pretraining_losses(
+    model: DBeta, batch: Batch, config: LossConfig, ranks: Ranks = ALONE, pairs: Callable[..., Tensor] = ring_ets_loss
+) -> Losses:
+    """One forward pass and its losses; weights of ``config`` multiply the terms of the total.
+
+    Args:
+        batch: the rows of this rank.
+        pairs: the ETS loss; another one where it knows more than this batch (``ets.CachedEts``).
+    """
     kernels = model.runtime.kernels
     out = model(
         batch.ecg, batch.text_ids, batch.text_mask,
@@ -46,7 +59,7 @@ def pretraining_losses(model: DBeta, batch: Batch, config: LossConfig) -> Losses
     labels = _mlm_labels(batch, config, everywhere=not model.runtime.removals)
     logits = _wide(model.mlm_head.vocabulary(out.mlm_hidden))
     hidden = labels != -100
-    mlm = F.cross_entropy(logits, labels, reduction="sum") / hidden.sum().clamp(min=1)
+    mlm = F.cross_entropy(logits, labels, reduction="sum") / ranks.mean(hidden.sum()).clamp(min=1 / ranks.world)
 
     # MEM, Eq. 2: squared error of the hidden patches of the (unmasked) signal
     mem = mem_loss(
@@ -54,6 +67,8 @@ def pretraining_losses(model: DBeta, batch: Batch, config: LossConfig) -> Losses
         gain=batch.gain, baseline=batch.baseline, patch=model.config.patch, backend=kernels,
         rows_weight=aligned if config.reconstruct_rows == "matched" else None,
     )  # fmt: skip
+    if config.reconstruct_rows == "matched" and ranks.world > 1:  # the mean of a rank counts by its matched rows
+        mem = mem * (aligned.sum() / ranks.mean(aligned.sum()).clamp(min=1 / ranks.world))
 
     # ETM, Eq. 3: does the report belong to the ECG?
     if model.config.etm_logits == 1:
@@ -63,19 +78,56 @@ def pretraining_losses(model: DBeta, batch: Batch, config: LossConfig) -> Losses
         etm = F.cross_entropy(match, batch.aligned.long())
         judged = match[:, 1] > match[:, 0]
 
-    # ETS, Eq. 4: pairwise sigmoid loss of all ECG and text features of the batch
-    ets = ets_loss(
+    # ETS, Eq. 4: pairwise sigmoid loss of all ECG and text features of the global batch
+    ets = pairs(
         out.ecg_features, out.text_features, batch.aligned, ecg_reports=batch.reports, text_reports=batch.text_reports,
-        same_report=config.ets_same_report, reduction=config.ets_reduction, backend=kernels,
+        same_report=config.ets_same_report, reduction=config.ets_reduction, backend=kernels, ranks=ranks,
     )  # fmt: skip
 
     return Losses(
         total=config.mlm * mlm + config.mem * mem + config.etm * etm + config.ets * ets,
         mlm=mlm, mem=mem, etm=etm, ets=ets,
-        etm_correct=(judged == batch.aligned).sum().float(),
-        mlm_correct=((logits.detach().argmax(-1) == labels) & hidden).sum().float(),
-        mlm_count=hidden.sum().float(),
+        etm_correct=(judged == batch.aligned).sum().float() * ranks.world,
+        mlm_correct=((logits.detach().argmax(-1) == labels) & hidden).sum().float() * ranks.world,
+        mlm_count=hidden.sum().float() * ranks.world,
     )  # fmt: skip
+
+
+class Objective(nn.Module):
+    """``pretraining_losses`` of a model as a module, whose forward pass DDP and FSDP can wrap."""
+
+    def __init__(self, model: DBeta, config: LossConfig, ranks: Ranks, *, compiled: bool = False):
+        super().__init__()
+        self.model, self.config, self.ranks = model, config, ranks
+        self.losses = pretraining_losses
+        if compiled:  # messages between ranks part the graph
+            self.losses = torch.compile(pretraining_losses, fullgraph=ranks.world == 1, dynamic=False)
+
+    @property
+    def unused_parameters(self) -> bool:
+        """Encoders of transformers may have a pooler, which we do not read."""
+        return self.model.config.text_encoder != "flan-t5"
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers that are only ever called as a whole; T5's first also lends its relative bias."""
+        model = self.model
+        text = getattr(model.text_encoder, "block", [])[1:]
+        return [
+            *model.ecg_encoder.layers, *text, *model.fusion.text_layers, *model.fusion.ecg_layers,
+            *model.mem_head.blocks,
+        ]  # fmt: skip
+
+    def forward(self, batch: Batch, pairs: Callable[..., Tensor] | None = ring_ets_loss) -> Losses | tuple[Tensor, ...]:
+        """The losses; without ``pairs`` the (ECG, text) features that they would be computed from, [B, D] each."""
+        if pairs is None:
+            out = self.model(
+                batch.ecg, batch.text_ids, batch.text_mask,
+                noise=batch.noise, mlm_positions=batch.mlm_positions, text_tokens=batch.text_tokens,
+            )  # fmt: skip
+            return out.ecg_features, out.text_features
+        if pairs is ring_ets_loss:
+            return self.losses(self.model, batch, self.config, self.ranks)
+        return pretraining_losses(self.model, batch, self.config, self.ranks, pairs)
 
 
 def _mlm_labels(batch: Batch, config: LossConfig, *, everywhere: bool) -> Tensor:

@@ -23,17 +23,22 @@ def run(
     Raises:
         ValueError: what is missing or does not fit, with what to do.
     """
-    if out is None:
-        if resume:
-            raise ValueError("--resume needs --out RUN, the run folder to go on with")
-        out = Path("runs") / f"{Path(config.preset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if out is None and resume:
+        raise ValueError("--resume needs --out RUN, the run folder to go on with")
     from dbeta.data.corpus import Corpus
+    from dbeta.distributed import explained, join, leave
+    from dbeta.runtime import resolve_device
     from dbeta.trainer import train
 
-    corpus = Corpus.open(data or _synthetic(config, out))
-    if config.preset != "smoke":
-        _require_language_model(config, corpus.path)
-    return train(config, corpus, out, resume=resume, show_examples=show_examples)
+    ranks = join(resolve_device(config.runtime.device), config.runtime.timeout_s)
+    with explained(ranks, config.runtime.timeout_s):
+        out = out or ranks.once(lambda: Path("runs") / f"{Path(config.preset).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        corpus = Corpus.open(data or ranks.once(lambda: _synthetic(config, out)))
+        if config.preset != "smoke":
+            _require_language_model(config, corpus.path)
+        last = train(config, corpus, out, resume=resume, show_examples=show_examples)
+        leave()
+    return last
 
 
 def _require_language_model(config: Config, corpus: Path) -> None:

@@ -15,26 +15,38 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dbeta.config import Config
+from dbeta.files import write_whole
 
 LOSSES = ("mlm", "mem", "etm", "ets")
 console = Console()
 
 
 class RunLog:
-    """The metrics of one run: appended line by line, so that a killed run loses nothing it had logged."""
+    """The metrics of one run: appended line by line, so that a killed run loses nothing it had logged.
 
-    def __init__(self, out: Path, steps: int):
-        from torch.utils.tensorboard import SummaryWriter
+    Steps that were skipped go to ``nonfinite.jsonl``, with the record ids of their batch. A log that is not ``active``
+    (another rank keeps it) writes and says nothing.
+    """
 
-        self.path, self.steps = out / "metrics.jsonl", steps
-        self.board = SummaryWriter(out / "tensorboard")
+    def __init__(self, out: Path, steps: int, *, active: bool = True):
+        self.path, self.steps, self.active = out / "metrics.jsonl", steps, active
         self.status = ""
+        if active:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out / "tensorboard")
+
+    @property
+    def skipped(self) -> Path:
+        """Where skipped steps are listed."""
+        return self.path.with_name("nonfinite.jsonl")
 
     def truncate(self, step: int) -> None:
         """Forget what was logged after ``step``: a resumed run writes those lines again."""
-        if self.path.is_file():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+        for path in (self.path, self.skipped) if self.active else ():
+            if path.is_file():
+                kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+                write_whole(path, "".join(line + "\n" for line in kept))
 
     def train(self, step: int, metrics: dict[str, float], records_per_s: float) -> None:
         """One line for the window of steps that ends at ``step``."""
@@ -44,8 +56,15 @@ class RunLog:
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """One line for a validation, also shown where output is not a terminal."""
         self._write({"step": step, "kind": "validation", **metrics})
+        if not self.active:
+            return
         shown = {k: metrics[k] for k in ("total", "etm_accuracy", "recall_at_1", "zero_shot_auc") if k in metrics}
         console.print(f"step {step:>7,}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+
+    def nonfinite(self, step: int, records: list[int]) -> None:
+        """One line for a step that was skipped."""
+        if self.active:
+            _append(self.skipped, {"step": step, "kind": "nonfinite", "records": records})
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """All lines of one kind, in order."""
@@ -56,17 +75,27 @@ class RunLog:
     def progress(self, first: int) -> Iterator[Callable[[int], None]]:
         """A bar with the latest loss and records/s; silent where output is not a terminal."""
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        with Progress(*columns, console=console, disable=not (self.active and console.is_terminal)) as bar:
             task = bar.add_task("", total=self.steps, completed=first)
             yield lambda done: bar.update(task, completed=done, description=self.status)
-        self.board.close()
+        if self.active:
+            self.board.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if not self.active:
+            return
+        _append(self.path, line)
         for name, value in line.items():
             if isinstance(value, float):
                 self.board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}; free some space and use --resume") from error
 
 
 def _step(line: str) -> float:

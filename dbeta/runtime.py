@@ -21,10 +21,15 @@ _announced: set[str] = set()
 
 
 def announce(message: str) -> None:
-    """Say once per process, on standard error, which engine is used where a faster one exists."""
-    if message not in _announced:
+    """Say once per run (of several ranks the first speaks), on standard error, which engine is used and the like."""
+    if message not in _announced and os.environ.get("RANK", "0") == "0":
         _announced.add(message)
         click.echo(f"note: {message}", err=True)
+
+
+def warn(message: str) -> None:
+    """Say on standard error, from any rank, that something is damaged and what is done about it."""
+    click.secho(f"WARNING: {message}", err=True, fg="red", bold=True)
 
 
 def resolve_device(name: str) -> torch.device:

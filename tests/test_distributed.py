@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dbeta.distributed import Ranks, ring_ets_loss
+from dbeta.distributed import Ranks
+from dbeta.ets import ring_ets_loss
 from dbeta_kernels.ets_loss import ets_loss
 
 ROWS, WIDTH = 12, 8

@@ -145,7 +145,7 @@ class Bench:
         batch = self.batch()
         marks.append(self._now())
         with autocast(self.config.runtime, self.device):
-            losses = self.stepper.losses(self.stepper.model, batch, self.config.loss)
+            losses = self.stepper.pretraining_losses(batch)
         marks.append(self._now())
         losses.total.backward()
         marks.append(self._now())
@@ -161,6 +161,8 @@ class Bench:
 
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             losses = pretraining_losses(self.stepper.model, self.batch(), self.config.loss)
+        with FlopCounterMode(display=False) as counter:
+            losses = self.stepper.pretraining_losses(self.batch())
             losses.total.backward()
         self.stepper.optimizer.zero_grad(set_to_none=True)
         return float(counter.get_total_flops())

@@ -126,7 +126,7 @@ class Corpus:
         """Samples of one record, or its first ``samples``: int16 or int32 [12, L] at its native rate; thread-safe.
 
         Raises:
-            ValueError: the shard is shorter than the table says.
+            ValueError: the shard is not there, unreadable, or shorter than the table says.
         """
         _, _, length, narrow = self._place(record)
         length = length if samples is None else min(length, samples)
@@ -137,18 +137,24 @@ class Corpus:
         shard, offset, length, _ = self._place(record)
         whole = out.shape[1] == length and out.flags.c_contiguous
         # Opening anew costs microseconds and leaves nothing open: a big corpus has more shards than a process may open.
-        descriptor = os.open(self.shard_path(shard), os.O_RDONLY)
+        problem = "ends inside it"
         try:
-            if whole:
-                done = os.preadv(descriptor, [out], offset) == out.nbytes
-            else:
-                step = length * out.itemsize
-                done = all(os.preadv(descriptor, [row], offset + i * step) == row.nbytes for i, row in enumerate(out))
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self.shard_path(shard), os.O_RDONLY)
+            try:
+                if whole:
+                    done = os.preadv(descriptor, [out], offset) == out.nbytes
+                else:
+                    step = length * out.itemsize
+                    done = all(
+                        os.preadv(descriptor, [row], offset + i * step) == row.nbytes for i, row in enumerate(out)
+                    )
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            done, problem = False, f"cannot be read ({error.strerror})"
         if not done:
             raise ValueError(
-                f"record {record} of {self.path}: {self.shard_path(shard).name} ends inside it; "
+                f"record {record} of {self.path}: {self.shard_path(shard).name} {problem}; "
                 "check the corpus with: dbeta doctor CORPUS --checksums"
             )
         return out

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dbeta.data.corpus import Corpus
-from dbeta.data.loader import SAMPLES, Order, RawBatch
+from dbeta.data.loader import SAMPLES, Order, RawBatch, ReferenceLoader
 from dbeta.data.resample import filter_table
 from dbeta_kernels import extension
 
@@ -33,8 +33,10 @@ class DaliLoader:
         ImportError: DALI or its operator is not here; the message says what to run.
     """
 
-    def __init__(self, corpus: Corpus, order: Order, *, workers: int, device: str = "cpu"):
+    def __init__(self, corpus: Corpus, order: Order, *, workers: int, device: str = "cpu", skip: bool = False):
         extension.load_dali()
+        # With ``skip`` a batch that DALI cannot read is read record by record.
+        self.patient = ReferenceLoader(corpus, order, workers=1, device=device, skip=True) if skip else None
         self.corpus, self.order, self.workers = corpus, order, max(workers, 1)
         self.device = torch.device(device)
         self.gain, self.baseline = corpus.column("gain"), corpus.column("baseline").astype(np.int32)
@@ -60,7 +62,9 @@ class DaliLoader:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             (signals,) = self.pipeline.run(stream)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
+            if self.patient is not None and self.ahead:
+                return self._read_patiently()
             found = re.search(r"record \d+: .*", str(error))
             raise ValueError(f"corpus {self.corpus.path}: {found[0] if found else error}") from None
         records, self.state = self.ahead.popleft()
@@ -91,6 +95,12 @@ class DaliLoader:
         """Stop the threads; what they had read ahead is dropped."""
         self.pipeline = None
         self.ahead.clear()
+
+    def _read_patiently(self) -> RawBatch:
+        """The next batch by the reference engine; the pipeline, unusable after an error, begins anew behind it."""
+        records, state = self.ahead[0]
+        self.load_state_dict(state)
+        return self.patient.read(records)
 
     def _source(self) -> list[Any]:
         """The next batch as the pipeline's inputs; StopIteration ends the pipeline when its batches are handed out."""
@@ -129,7 +139,7 @@ class DaliLoader:
         on_gpu, uniform = self.device.type == "cuda", self.corpus.uniform
 
         @pipeline_def(
-            batch_size=self.order.batch,
+            batch_size=len(self.order.share),
             num_threads=self.workers,
             device_id=(self.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=AHEAD,

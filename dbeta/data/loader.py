@@ -17,9 +17,11 @@ from torch import Tensor
 
 from dbeta.data.corpus import Corpus
 from dbeta.data.resample import inputs_for, resample
-from dbeta.runtime import announce
+from dbeta.distributed import share_of
+from dbeta.runtime import announce, warn
 
 RATE_HZ, SAMPLES = 500, 5000
+TRIES = 1000  # records after a corrupt one that may take its place
 ENGINES = ("auto", "dali", "reference")
 INVALID = np.iinfo(np.int16).min  # also fills a short record: exactly 0 mV
 
@@ -33,6 +35,7 @@ class RawBatch:
     gain: Tensor | None = None  # float32 [B,12], units per mV
     baseline: Tensor | None = None  # float32 [B,12]
     signal: Tensor | None = None  # float32 [B,12,5000] mV
+    replaced: int = 0  # rows whose record could not be read and in whose place another one is
 
     def to(self, device: torch.device | str) -> Self:
         """A copy on ``device``; asynchronous from pinned memory."""
@@ -48,7 +51,8 @@ class RawBatch:
 
     def _map(self, change: Any) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{name: None if value is None else change(value) for name, value in values.items()})
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return type(self)(**values | changed)
 
 
 class Order:
@@ -58,14 +62,23 @@ class Order:
         ValueError: fewer records than a batch, or a batch that does not divide over the ranks.
     """
 
-    def __init__(self, ids: np.ndarray, batch: int, seed: int, *, shuffle: bool, repeat: bool, rank: int, world: int):
-        if batch % world:
-            raise ValueError(f"train.batch = {batch} does not divide over {world} ranks; use a multiple of {world}")
+    def __init__(
+        self,
+        ids: np.ndarray,
+        batch: int,
+        seed: int,
+        *,
+        shuffle: bool,
+        repeat: bool,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
+    ):
+        self.share = share_of(batch, rank, world, parts).numpy()
         if repeat and len(ids) < batch:
             raise ValueError(f"the split has {len(ids)} records, fewer than train.batch = {batch}; use a smaller batch")
         self.ids, self.batch, self.seed = ids, batch, seed
         self.shuffle, self.repeat = shuffle, repeat
-        self.share = slice(rank * batch // world, (rank + 1) * batch // world)
         self.epoch = self.position = 0
         self._permuted: tuple[int, np.ndarray] | None = None
 
@@ -81,14 +94,23 @@ class Order:
             self.epoch, self.position = self.epoch + 1, 0
         low = self.position * self.batch
         self.position += 1
-        return self._epoch()[low : low + self.batch][self.share]
-
-    def _epoch(self) -> np.ndarray:
-        if not self.shuffle:
-            return self.ids
         if self._permuted is None or self._permuted[0] != self.epoch:
-            self._permuted = self.epoch, np.random.default_rng((self.seed, self.epoch)).permutation(self.ids)
-        return self._permuted[1]
+            self._permuted = self.epoch, self._permutation(self.epoch)
+        whole = self._permuted[1][low : low + self.batch]
+        return whole[self.share[self.share < len(whole)]]
+
+    def batch_of(self, step: int) -> np.ndarray:
+        """All records of the global batch of a training step, int64 [batch]."""
+        epoch, position = divmod(step, len(self.ids) // self.batch)
+        return self._permutation(epoch)[position * self.batch :][: self.batch]
+
+    def after(self, record: int) -> np.ndarray:
+        """The records of the split that follow one, in a circle, without it."""
+        place = int(np.flatnonzero(self.ids == record)[0])
+        return np.roll(self.ids, -place)[1:]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.ids) if self.shuffle else self.ids
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins, and of which order."""
@@ -111,10 +133,14 @@ class Order:
 
 
 class ReferenceLoader:
-    """The plain engine, numpy and threads: the oracle of every other one."""
+    """The plain engine, numpy and threads: the oracle of every other one.
 
-    def __init__(self, corpus: Corpus, order: Order, *, workers: int, device: str = "cpu"):
-        self.corpus, self.order = corpus, order
+    With ``skip`` a record that cannot be read is named, and the next one of its split that can be takes its place: a
+    function of the record alone, as everything about a batch.
+    """
+
+    def __init__(self, corpus: Corpus, order: Order, *, workers: int, device: str = "cpu", skip: bool = False):
+        self.corpus, self.order, self.skip = corpus, order, skip
         self.pinned = torch.device(device).type == "cuda"
         self.gain = torch.from_numpy(corpus.column("gain").astype(np.float32))
         self.baseline = torch.from_numpy(corpus.column("baseline").astype(np.float32))
@@ -134,7 +160,7 @@ class ReferenceLoader:
                 records = next(self.order)
             except StopIteration:
                 break
-            self.ahead.append((self.pool.submit(self._read, records), self.order.state_dict()))
+            self.ahead.append((self.pool.submit(self.read, records), self.order.state_dict()))
         if not self.ahead:
             raise StopIteration
         future, self.state = self.ahead.popleft()
@@ -160,27 +186,52 @@ class ReferenceLoader:
             future.cancel()
         self.ahead.clear()
 
-    def _read(self, records: np.ndarray) -> RawBatch:
-        ids = torch.from_numpy(np.ascontiguousarray(records))
-        if self.corpus.uniform:
-            adc = np.empty((len(records), 12, SAMPLES), np.int16)
-            for row, record in zip(adc, records):
-                length = min(self.samples[record], SAMPLES)
-                self.corpus.read_into(record, row[:, :length])
-                row[:, length:] = INVALID
-            batch = RawBatch(records=ids, adc=torch.from_numpy(adc), gain=self.gain[ids], baseline=self.baseline[ids])
+    def read(self, records: np.ndarray) -> RawBatch:
+        """The batch of these records; int64 [b]."""
+        records, replaced = records.copy(), 0
+        integer = self.corpus.uniform
+        rows = np.empty((len(records), 12, SAMPLES), np.int16 if integer else np.float32)
+        fill = self._integers if integer else self._millivolts
+        for place, record in enumerate(records.tolist()):
+            try:
+                fill(record, rows[place])
+            except ValueError as error:
+                if not self.skip:
+                    raise
+                records[place] = self._fill_other(record, rows[place], error)
+                replaced += 1
+        ids = torch.from_numpy(records)
+        batch = RawBatch(records=ids, replaced=replaced)
+        if integer:
+            batch.adc, batch.gain, batch.baseline = torch.from_numpy(rows), self.gain[ids], self.baseline[ids]
         else:
-            batch = RawBatch(records=ids, signal=torch.from_numpy(np.stack([self._millivolts(r) for r in records])))
+            batch.signal = torch.from_numpy(rows)
         return batch.pin() if self.pinned else batch
 
-    def _millivolts(self, record: int) -> np.ndarray:
+    def _fill_other(self, record: int, row: np.ndarray, reason: ValueError) -> int:
+        fill = self._integers if self.corpus.uniform else self._millivolts
+        for other in self.order.after(record)[:TRIES].tolist():
+            try:
+                fill(other, row)
+            except ValueError:
+                continue
+            warn(f"{reason}; record {other} takes its place (data.on_corrupt=skip)")
+            return other
+        raise ValueError(f"{reason}; nor can the {TRIES} records after it be read") from reason
+
+    def _integers(self, record: int, row: np.ndarray) -> None:
+        length = min(self.samples[record], SAMPLES)
+        self.corpus.read_into(record, row[:, :length])
+        row[:, length:] = INVALID
+
+    def _millivolts(self, record: int, row: np.ndarray) -> None:
         rate_hz = float(self.rate_hz[record])
         adc = self.corpus.read_adc(record, inputs_for(SAMPLES, rate_hz))
         gain, baseline = self.gain[record].numpy()[:, None], self.baseline[record].numpy()[:, None]
         valid = adc != np.iinfo(adc.dtype).min
-        signal = np.where(valid, (adc - baseline) / gain, 0).astype(np.float32)
-        signal = resample(signal, rate_hz)[:, :SAMPLES]
-        return np.pad(signal, ((0, 0), (0, SAMPLES - signal.shape[1])))
+        signal = resample(np.where(valid, (adc - baseline) / gain, 0).astype(np.float32), rate_hz)[:, :SAMPLES]
+        row[:, : signal.shape[1]] = signal
+        row[:, signal.shape[1] :] = 0
 
 
 def make_loader(
@@ -195,8 +246,10 @@ def make_loader(
     engine: str = "auto",
     rank: int = 0,
     world: int = 1,
+    parts: int = 1,
     workers: int = 2,
     device: str = "cpu",
+    skip: bool = False,
 ) -> Any:
     """Batches of the first 10 s of each record at 500 Hz, as ``RawBatch`` in host memory.
 
@@ -204,6 +257,8 @@ def make_loader(
         ids: records to read; None: those of ``split``.
         batch: global batch size, over all ranks.
         repeat: go on with another permutation after an epoch; else stop after one, the last batch maybe smaller.
+        rank, world, parts: which rows of each batch to read; ``distributed.share_of``.
+        skip: replace records that cannot be read, instead of raising the ValueError that names one.
         engine: ``dali`` (fast), ``reference`` (plain) or ``auto``: DALI where it is installed, announced.
 
     Raises:
@@ -212,14 +267,14 @@ def make_loader(
     if engine not in ENGINES:
         raise ValueError(f"data.engine = {engine!r}; accepted: {', '.join(ENGINES)}")
     ids = corpus.split_ids(split) if ids is None else np.asarray(ids)
-    order = Order(ids, batch, seed, shuffle=shuffle, repeat=repeat, rank=rank, world=world)
+    order = Order(ids, batch, seed, shuffle=shuffle, repeat=repeat, rank=rank, world=world, parts=parts)
     if engine != "reference":
         try:
             from dbeta.data.dali import DaliLoader
 
-            return DaliLoader(corpus, order, workers=workers, device=device)
+            return DaliLoader(corpus, order, workers=workers, device=device, skip=skip)
         except ImportError as error:
             if engine == "dali":
                 raise ValueError(f"data.engine=dali: {error}") from None
             announce(f"loader: the reference engine; the faster one, DALI, is not here: {error}")
-    return ReferenceLoader(corpus, order, workers=workers, device=device)
+    return ReferenceLoader(corpus, order, workers=workers, device=device, skip=skip)

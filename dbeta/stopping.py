@@ -1,0 +1,51 @@
+"""SIGTERM and SIGUSR1 end a run between two steps, on all ranks after the same one, with a checkpoint."""
+
+import signal
+from types import FrameType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from dbeta.distributed import Ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """A context in which a signal is a request. The second one of a kind does what it does elsewhere: it kills.
+
+    The run ends after the step under way, a validation if one is due, and one checkpoint; with several ranks one step
+    later, since they agree by a message that travels while a step is computed.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.received = ranks, ""
+        self._before: dict[signal.Signals, object] = {}
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._before[number])
+
+    def agreed(self) -> bool:
+        """Whether to stop now; called by every rank once after each step. Waits for no device."""
+        if self.ranks.world == 1:
+            return bool(self.received)
+        asked, self._asked = self._asked, self._ask()
+        if asked is None:
+            return False
+        asked[1].wait()
+        return bool(asked[0])
+
+    def _ask(self) -> tuple[torch.Tensor, dist.Work]:
+        flag = torch.tensor(int(bool(self.received)))
+        return flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
