@@ -6,6 +6,7 @@ tokens depend on the global row alone, so they are those of one process with the
 
 import contextlib
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,9 +151,13 @@ def wrap(module: Wrappable, strategy: str, ranks: Ranks) -> nn.Module:
         return module
     device = next(module.parameters()).device
     if strategy == "ddp":
-        return nn.parallel.DistributedDataParallel(
-            module, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-            gradient_as_bucket_view=True, find_unused_parameters=module.unused_parameters,
+        ddp = nn.parallel.DistributedDataParallel
+        # Our buffers are constants; torch 2.13 renamed the switch.
+        known = inspect.signature(ddp).parameters
+        constant = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return ddp(
+            module, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+            find_unused_parameters=module.unused_parameters, **{constant: False},
         )  # fmt: skip
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -1,15 +1,82 @@
-"""The ETS loss round the ring: several gloo processes give the loss and gradients of one with the whole batch."""
+"""Several gloo processes give what one gives with the whole batch: the ETS loss, and the steps of training."""
+
+import dataclasses
+import traceback
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dbeta.distributed import Ranks
-from dbeta.ets import ring_ets_loss
+from dbeta.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from dbeta.data.batch import Batch
+from dbeta.distributed import Ranks, share_of, whole
+from dbeta.ets import CachedEts, ring_ets_loss
+from dbeta.models.dbeta import DBeta
+from dbeta.trainer import Stepper
 from dbeta_kernels.ets_loss import ets_loss
+from tests.models.small import SMALL
 
 ROWS, WIDTH = 12, 8
+
+
+class Team:
+    """Processes that have joined a group and run what they are given; starting them is what takes time."""
+
+    def __init__(self, world: int, folder):
+        context = mp.get_context("spawn")
+        self.lines, self.processes = [], []
+        for rank in range(world):
+            mine, theirs = context.Pipe()
+            arguments = (rank, world, f"file://{folder / 'meet'}", theirs)
+            self.processes.append(context.Process(target=_member, args=arguments, daemon=True))
+            self.processes[-1].start()
+            self.lines.append(mine)
+
+    def __call__(self, function, *arguments) -> list:
+        """What ``function(ranks, *arguments)`` returns on each."""
+        for line in self.lines:
+            line.send((function, arguments))
+        results = [line.recv() for line in self.lines]
+        failed = [result for result in results if isinstance(result, str)]
+        assert not failed, failed[0]
+        return results
+
+    def end(self) -> None:
+        for line in self.lines:
+            line.send(None)
+        for process in self.processes:
+            process.join(30)
+
+
+def _member(rank: int, world: int, address: str, line) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=100))
+    while job := line.recv():
+        function, arguments = job
+        try:
+            line.send(function(Ranks(rank, world), *arguments))
+        except Exception:
+            line.send(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory):
+    made: dict[int, Team] = {}
+
+    def team(world: int) -> Team:
+        if world not in made:
+            made[world] = Team(world, tmp_path_factory.mktemp("team"))
+        return made[world]
+
+    yield team
+    for one in made.values():
+        one.end()
+
+
+# --- the ETS loss --------------------------------------------------------------------------------------------------
 
 
 def whole_batch():
@@ -20,37 +87,174 @@ def whole_batch():
     return ecg.requires_grad_(), text.requires_grad_(), aligned, reports
 
 
-def one_rank(rank: int, world: int, address: str, options: dict, results) -> None:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    ranks = Ranks(rank, world)
+def ring(ranks: Ranks, options: dict):
     ecg, text, aligned, (own, shown) = whole_batch()
     rows = ranks.rows(ROWS)
     mine = [part.detach()[rows].requires_grad_() for part in (ecg, text)]
     loss = ring_ets_loss(*mine, aligned[rows], ranks=ranks, ecg_reports=own[rows], text_reports=shown[rows], **options)
     loss.backward()
     # What DDP and FSDP do to gradients of shared weights: the mean over ranks.
-    results[rank] = (ranks.mean(loss.detach()), *(part.grad / world for part in mine))
-    dist.destroy_process_group()
+    return ranks.mean(loss.detach()), *(part.grad / ranks.world for part in mine)
+
+
+def cached(ranks: Ranks, options: dict):
+    """The same in three micro-batches, whose pairs are those of the whole batch."""
+    ecg, text, aligned, (own, shown) = whole_batch()
+    rows = ranks.rows(ROWS, 3).chunk(3)
+    mine = [[part.detach()[r].requires_grad_() for part in (ecg, text)] for r in rows]
+    parts = ([aligned[r] for r in rows], [own[r] for r in rows], [shown[r] for r in rows])
+    losses = [ets(*m) for ets, m in zip(CachedEts(mine, *parts, ranks=ranks, **options), mine)]
+    torch.stack(losses).mean().backward()
+    order = torch.cat(rows).argsort()
+    gradients = (torch.cat([m[i].grad for m in mine])[order] / ranks.world for i in range(2))
+    return ranks.mean(losses[0].detach()), torch.cat(rows)[order], *gradients
+
+
+OPTIONS = [("batch", "negative"), ("mean", "ignore"), ("batch", "positive")]
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(
-    ("reduction", "same_report"), [("batch", "negative"), ("mean", "ignore"), ("batch", "positive")]
-)
-def test_ring_equals_one_process(world, reduction, same_report, tmp_path):
+@pytest.mark.parametrize(("reduction", "same_report"), OPTIONS)
+def test_ring_equals_one_process(world, reduction, same_report, teams):
     options = {"reduction": reduction, "same_report": same_report}
     ecg, text, aligned, (own, shown) = whole_batch()
     expected = ets_loss(ecg, text, aligned, ecg_reports=own, text_reports=shown, backend="reference", **options)
     expected.backward()
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(one_rank, (world, f"file://{tmp_path / 'meet'}", options, results), nprocs=world)
-        losses, *gradients = zip(*(results[rank] for rank in range(world)))
+    losses, *gradients = zip(*teams(world)(ring, options))
     torch.testing.assert_close(torch.stack(losses), expected.detach().expand(world), rtol=0, atol=1e-10)
     for got, leaf in zip(gradients, (ecg, text)):
         torch.testing.assert_close(torch.cat(got), leaf.grad, rtol=0, atol=1e-10)
 
 
-def test_an_uneven_batch_is_refused():
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("reduction", "same_report"), OPTIONS)
+def test_cached_features_give_the_loss_of_the_whole_batch(world, reduction, same_report, teams):
+    options = {"reduction": reduction, "same_report": same_report}
+    ecg, text, aligned, (own, shown) = whole_batch()
+    expected = ets_loss(ecg, text, aligned, ecg_reports=own, text_reports=shown, backend="reference", **options)
+    expected.backward()
+    results = [cached(Ranks(), options)] if world == 1 else teams(world)(cached, options)
+    for loss, rows, d_ecg, d_text in results:
+        torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(d_ecg, ecg.grad[rows], rtol=0, atol=1e-10)
+        torch.testing.assert_close(d_text, text.grad[rows], rtol=0, atol=1e-10)
+
+
+def test_shares_are_the_batch_and_micro_batches_do_not_depend_on_the_ranks():
+    for world in (1, 2, 4):
+        parts = [torch.cat([share_of(24, rank, world, 3).chunk(3)[p] for rank in range(world)]) for p in range(3)]
+        assert [part.tolist() for part in parts] == [list(range(8 * p, 8 * p + 8)) for p in range(3)]
     with pytest.raises(ValueError, match="does not divide over 5 ranks"):
         Ranks(0, 5).rows(ROWS)
+    with pytest.raises(ValueError, match="2 ranks x 5 micro-batches; use a multiple of 10"):
+        Ranks(0, 2).rows(ROWS, 5)
+
+
+# --- training steps ------------------------------------------------------------------------------------------------
+
+LENGTHS = (17, 3, 24, 9, 1, 12, 6, 30)
+TINY = dataclasses.replace(SMALL, ecg_layers=1, text_layers=2, fusion_layers=2, mem_layers=1)
+WIDE = ModelConfig(
+    ecg_layers=2, text_layers=2, fusion_layers=2, mem_layers=2, mem_tap=1, text_vocab=500, dropout=0.0,
+    attention_dropout=0.0,
+)  # fmt: skip
+
+
+def batch_of(config: ModelConfig, step: int, rows: torch.Tensor) -> Batch:
+    """Rows of a global batch of eight, ragged, its masked words spread unevenly; float64 values."""
+    generator = torch.Generator().manual_seed(step)
+    lengths, longest = torch.tensor(LENGTHS).roll(step), max(LENGTHS)
+    mask = torch.arange(longest) < lengths[:, None]
+    ids = torch.randint(3, config.text_vocab, mask.shape, generator=generator) * mask
+    labels = torch.randint(3, config.text_vocab, mask.shape, generator=generator)
+    hidden = mask & (torch.rand(mask.shape, generator=generator) < 0.25)
+    ecg = torch.randn(len(LENGTHS), config.leads, config.samples, generator=generator, dtype=torch.float64)
+    noise = torch.rand(len(LENGTHS), config.ecg_tokens, generator=generator)
+    reports = torch.randint(0, 5, (2, len(LENGTHS)), generator=generator)
+    mask, hidden = mask[rows], hidden[rows]
+    positions = torch.nn.functional.pad(hidden.flatten().nonzero()[:, 0], (0, 2))
+    known = torch.nn.functional.pad(labels[rows].flatten()[positions[:-2]], (0, 2), value=-100)
+    return Batch(
+        records=rows, ecg=ecg[rows], signal=ecg[rows].roll(1, 1), gain=None, baseline=None, mean=ecg[rows].mean(-1),
+        rstd=1 / ecg[rows].std(-1), reports=reports[0][rows], text_reports=reports[1][rows],
+        aligned=torch.tensor([True, False, True, True, False, False, True, False])[rows], text_ids=ids[rows],
+        text_mask=mask, mlm_positions=positions, mlm_labels=known, noise=noise[rows],
+        text_tokens=int(mask.sum()) + 2,
+    )  # fmt: skip
+
+
+def steps_of(ranks: Ranks, config: Config, count: int, bad: int = -1):
+    """Losses of each step, and the weights after ``count``; the last rank's batch ``bad`` holds a NaN."""
+    torch.manual_seed(0)
+    model = DBeta(config.model, config.runtime).double()
+    stepper = Stepper(model, config, torch.device("cpu"), ranks)
+    rows = ranks.rows(config.train.batch, config.train.accumulate).chunk(config.train.accumulate)
+    logged = []
+    for step in range(count):
+        batches = [batch_of(config.model, step, part) for part in rows]
+        if step == bad and ranks.rank == ranks.world - 1:
+            batches[0].ecg[-1, 0, 0] = torch.nan
+        stepper.step(batches)
+        skipped = stepper.counters.skipped_steps()
+        logged.append(stepper.counters.drain() | {"now": float(len(skipped))})
+    return logged, {name: whole(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
+
+
+def configured(model: ModelConfig, strategy: str = "ddp", accumulate: int = 1, **loss) -> Config:
+    return Config(
+        data=DataConfig(), model=model, loss=LossConfig(**loss), optim=OptimConfig(lr=1e-3, clip=1.0),
+        train=TrainConfig(batch=len(LENGTHS), accumulate=accumulate),
+        runtime=RuntimeConfig(device="cpu", strategy=strategy),
+    )  # fmt: skip
+
+
+def check(team: Team, config: Config, count: int = 20, bad: int = -1) -> list[dict]:
+    """Several ranks' metrics and weights are those of one, to rounding in float64."""
+    alone, weights = steps_of(Ranks(), config, count, bad)
+    for logged, found in team(steps_of, config, count, bad):
+        for ours, theirs in zip(logged, alone):
+            for name, value in theirs.items():
+                assert ours[name] == pytest.approx(value, abs=1e-8, rel=1e-8, nan_ok=True), name
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-8, msg=name)
+    return alone
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_twenty_steps_equal_one_process(world, strategy, teams):
+    alone = check(teams(world), configured(TINY, strategy))
+    assert alone[-1]["total"] < alone[0]["total"] - 0.1
+
+
+def test_every_switch_of_the_losses_on_two_ranks(teams):
+    switches = {"reconstruct_rows": "matched", "ets_same_report": "positive", "ets_reduction": "mean"}
+    check(teams(2), configured(TINY, **switches), count=3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("pairs", ["micro", "batch"])
+def test_accumulation_on_two_ranks(strategy, pairs, teams):
+    check(teams(2), configured(TINY, strategy, accumulate=2, ets_pairs=pairs), count=3)
+
+
+def test_cached_pairs_are_those_of_a_batch_at_once():
+    """Only the MLM mean, taken per micro-batch, tells accumulated steps from whole ones."""
+    whole_ets, _ = steps_of(Ranks(), configured(TINY, mlm=0.0), 3)
+    parts, _ = steps_of(Ranks(), configured(TINY, accumulate=4, ets_pairs="batch", mlm=0.0), 3)
+    micro, _ = steps_of(Ranks(), configured(TINY, accumulate=4, mlm=0.0), 3)
+    for name in ("ets", "etm", "mem", "grad_norm"):
+        assert [m[name] for m in parts] == pytest.approx([m[name] for m in whole_ets], rel=1e-9), name
+    assert abs(micro[0]["ets"] - whole_ets[0]["ets"]) > 0.1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_nan_on_one_rank_skips_the_step_on_all(strategy, teams):
+    alone = check(teams(2), configured(TINY, strategy), count=4, bad=2)
+    assert [line["now"] for line in alone] == [0, 0, 1, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_full_width(strategy, teams):
+    check(teams(2), configured(WIDE, strategy), count=2)
