@@ -25,6 +25,7 @@ from dbeta.files import file_digest, put_in_place, sync_file
 from dbeta.runtime import warn
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+STATE = {"step": int, "loader": dict, "best": dict, "counters": dict}  # what a run goes on from
 Snapshot = dict[str, dict[str, torch.Tensor]]  # file name -> tensors
 
 
@@ -169,7 +170,7 @@ def damage(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
         missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - set(files)
         return f"{', '.join(sorted(missing))} not listed in the manifest" if missing else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"manifest unreadable: {error}"
 
 
@@ -183,15 +184,19 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
         weights = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors") if optimizer else {}
         state = json.loads((path / "state.json").read_text())
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
+    if not isinstance(state, dict) or [name for name, kind in STATE.items() if type(state.get(name)) is not kind]:
+        raise ValueError(f"checkpoint {path}: its state.json does not hold {', '.join(STATE)}; use another checkpoint")
     wanted = model.state_dict()
     check_shapes(weights, wanted, f"checkpoint {path}")
     model.load_state_dict({name: placed_like(weights[name], tensor) for name, tensor in wanted.items()})
     if optimizer:
         for name, parameter in model.named_parameters():
             if f"{name}:step" in moments:
-                step, *averages = (moments[f"{name}:{key}"] for key in MOMENTS)
+                step, *averages = (moments.get(f"{name}:{key}") for key in MOMENTS)
+                if any(average is None or average.shape != parameter.shape for average in averages):
+                    raise ValueError(f"checkpoint {path}: the moments of {name} do not fit; use another checkpoint")
                 # The fused kernel of the CPU wants its step count as loaded: float32 on the host.
                 count = step if parameter.device.type == "cpu" else step.to(parameter.device)
                 placed = (placed_like(value, parameter) for value in averages)

@@ -8,6 +8,7 @@ RECIPE decisions marked [D]). ``--set section.key=value`` overrides a single val
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -16,6 +17,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
+MAX_BYTES = 1 << 20
+COUNTS = {
+    "train.steps", "train.batch", "train.accumulate", "train.log_every", "train.eval_every", "train.eval_records",
+    "train.checkpoint_every", "train.keep_checkpoints", "optim.max_nonfinite", "data.synthetic_records",
+}  # fmt: skip
+SHARES = {
+    "data.lead_keep_probability", "data.negative_fraction", "loss.mlm_probability", "loss.mlm_mask", "loss.mlm_random",
+    "optim.warmup", "optim.hold", "optim.decay",
+}  # fmt: skip
 PRESETS = ("smoke", "paper", "released", "hopper")
 
 
@@ -175,12 +185,12 @@ class Config:
         if preset in PRESETS:
             text = resources.files("dbeta").joinpath("presets", f"{preset}.toml").read_text()
         elif Path(preset).is_file():
-            text = Path(preset).read_text()
+            text = _text(Path(preset))
         else:
             raise ValueError(f"preset {preset!r} is neither one of {', '.join(PRESETS)} nor an existing TOML file")
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ValueError(f"preset {preset!r} is not valid TOML: {error}") from None
         return cls.from_dict({"preset": preset, **_override(values, overrides)})
 
@@ -188,15 +198,19 @@ class Config:
     def load_json(cls, path: Path, overrides: typing.Iterable[str] = ()) -> Self:
         """Read a run's ``config.json``, then apply overrides; errors as ``load``."""
         try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
+            values = json.loads(_text(path))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no configuration, which is an object of sections")
         return cls.from_dict(_override(values, overrides))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from nested dictionaries (a preset, config.json); strict about keys and types."""
-        return _build(cls, values, "")
+        config = _build(cls, values, "")
+        _check_values(config)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, as JSON and TOML can hold."""
@@ -205,6 +219,32 @@ class Config:
     def to_json(self) -> str:
         """Indented JSON of ``to_dict``."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+def _text(path: Path) -> str:
+    """A configuration file, which is short and UTF-8."""
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path} is longer than {MAX_BYTES:,} bytes; is it a configuration?")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); is it a configuration?") from None
+
+
+def _check_values(config: "Config") -> None:
+    """Raise a ValueError for a number that cannot be: counts start at 1, shares lie in 0..1, nothing is NaN."""
+    for section in dataclasses.fields(config):
+        part = getattr(config, section.name)
+        for key in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+            value, dotted = getattr(part, key.name), f"{section.name}.{key.name}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{dotted} = {value}; accepted: a finite number")
+            if dotted in SHARES and not 0 <= value <= 1:
+                raise ValueError(f"{dotted} = {value}; accepted: 0 to 1")
+            if dotted in COUNTS and value < 1:
+                raise ValueError(f"{dotted} = {value}; accepted: 1 or more")
 
 
 def _override(values: dict[str, Any], overrides: typing.Iterable[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ SMOKE = ("--preset", "smoke", "--device", "cpu")
 
 
 def start(arguments: list[str], ranks: int = 1, **more) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     begin = [sys.executable] if ranks == 1 else launcher
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -12,6 +12,7 @@ Millivolts are (adc - baseline) / gain; the lowest integer of the type marks an 
 
 import json
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,7 @@ from dbeta.files import file_digest
 
 FORMAT, VERSION = "dbeta-corpus", 1
 SPLITS = ("train", "validation", "test")
+INFO = {"source": str, "version": int, "records": int, "reports": int, "labels": list, "shards": list, "files": dict}
 BUILDING = "parts"  # folder of an unfinished preparation
 _MAKE = "make one with: dbeta prepare SOURCE ROOT --out CORPUS"
 
@@ -56,8 +58,10 @@ class Corpus:
             raise ValueError(f"corpus {path} {what}; {_MAKE}")
         try:
             info = json.loads((path / "corpus.json").read_text())
-            if info.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a dbeta corpus (format {info.get('format')!r}); {_MAKE}")
+            if not isinstance(info, dict) or info.get("format") != FORMAT:
+                raise ValueError(f"{path} is not a dbeta corpus (its corpus.json is another program's); {_MAKE}")
+            if wrong := [name for name, kind in INFO.items() if not isinstance(info.get(name), kind)]:
+                raise ValueError(f"corpus {path} is damaged (corpus.json: no {', '.join(wrong)}); prepare it again")
             if info["version"] > VERSION:
                 raise ValueError(
                     f"corpus {path} has format version {info['version']}, dbeta reads up to {VERSION}; upgrade dbeta"
@@ -65,8 +69,8 @@ class Corpus:
             if not info["records"]:
                 raise ValueError(f"corpus {path} is empty: every record was rejected, see {path / 'rejected.csv'}")
             rows = {name: pq.read_metadata(path / f"{name}.parquet").num_rows for name in ("records", "reports")}
-            sizes = {shard["name"]: shard["bytes"] for shard in info["shards"]}
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+            sizes = {str(shard["name"]): shard["bytes"] for shard in info["shards"]}
+        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, OSError) as error:
             raise ValueError(f"corpus {path} is damaged ({error}); prepare it again") from None
         except pa.ArrowException as error:
             raise ValueError(f"corpus {path} is damaged ({error}); prepare it again") from None
@@ -75,8 +79,12 @@ class Corpus:
                 raise ValueError(f"corpus {path} is damaged: {count} {name}, corpus.json says {info[name]}")
         for name, size in sizes.items():
             file = path / "shards" / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise ValueError(f"corpus {path} is damaged: shards/{name} is not there with {size:,} bytes")
+            if not re.fullmatch(r"\d{5,9}\.tar", name) or not file.is_file() or file.stat().st_size != size:
+                raise ValueError(f"corpus {path} is damaged: shards/{name} is not there with {size} bytes")
+        inside = path.resolve()
+        for name in ("corpus.json", "records.parquet", "reports.parquet", "shards", *(f"shards/{n}" for n in sizes)):
+            if not (path / name).resolve().is_relative_to(inside):
+                raise ValueError(f"corpus {path}: {name} is a link out of the corpus; copy what it points to")
         return cls(path, info)
 
     def __len__(self) -> int:
@@ -169,12 +177,22 @@ class Corpus:
         return [name for name, digest in files.items() if file_digest(self.path / name) != digest]
 
     @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {shard["name"]: shard["bytes"] for shard in self.info["shards"]}
+
+    @cached_property
     def _places(self) -> tuple[np.ndarray, ...]:
         return self.column("shard"), self.column("offset"), self.column("samples"), self._is("dtype", "int16")
 
     def _place(self, record: int) -> tuple[int, int, int, bool]:
-        shard, offset, samples, narrow = (part[record] for part in self._places)
-        return int(shard), int(offset), int(samples), bool(narrow)
+        shard, offset, samples, narrow = (part[record].item() for part in self._places)
+        size = self._sizes.get(self.shard_path(shard).name, 0)
+        if offset < 0 or samples < 0 or offset + 12 * samples * (2 if narrow else 4) > size:
+            raise ValueError(
+                f"record {record} of {self.path}: {self.shard_path(shard).name} ends inside it; "
+                "check the corpus with: dbeta doctor CORPUS --checksums"
+            )
+        return shard, offset, samples, narrow
 
     def _is(self, name: str, value: str) -> np.ndarray:
         if name not in self._columns:

@@ -1,11 +1,17 @@
 """Raw records of the float data sets as integers, and what every reader returns before leads are put in order."""
 
+import math
+import os
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+MAX_BYTES = 1 << 30  # a record that unpacks to more is damaged or hostile: a day of 12 leads at 500 Hz fits
 STANDARD = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 FLOAT_GAIN = 1000.0  # float sources become integers of 1 uV
 ROUNDING_UV = 0.5  # the most that this errs by
@@ -90,9 +96,31 @@ def read_sph(path: Path) -> Raw:
     _must_exist(path)
     try:
         with h5py.File(path) as file:
-            return from_float(file["ecg"][:], 500.0)
-    except (OSError, KeyError) as error:
+            return from_float(bounded(file, "ecg")[:], 500.0)
+    except (OSError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"not an SPH record: {error}") from None
+
+
+def bounded(file: Any, name: str, rows: int | None = None) -> Any:
+    """A data set of an HDF5 file, not one in another file, of a size that can be a recording.
+
+    Args:
+        rows: how many of its rows are going to be read at once; None: all.
+
+    Raises:
+        ValueError: "reason: detail".
+    """
+    import h5py
+
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"not in the file: {name} is missing, or a link to somewhere else")
+    data = file[name]
+    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiu" or not data.shape or data.external:
+        raise ValueError(f"not numbers: {name} is no array of numbers of this file")
+    size = data.dtype.itemsize * math.prod(data.shape) * (1 if rows is None else rows / max(data.shape[0], 1))
+    if size > MAX_BYTES:
+        raise ValueError(f"too large: {name} is {list(data.shape)}, more than a recording can be")
+    return data
 
 
 def read_tracings(path: Path, rows: Iterable[int], *, units_per_mv: float) -> Iterator[np.ndarray]:
@@ -105,8 +133,9 @@ def read_tracings(path: Path, rows: Iterable[int], *, units_per_mv: float) -> It
     import h5py
 
     with h5py.File(path) as file:
+        tracings = bounded(file, "tracings", rows=1)
         for row in rows:
-            yield file["tracings"][row].T / units_per_mv
+            yield tracings[row].T / units_per_mv
 
 
 def count_exams(path: Path) -> int | None:
@@ -138,10 +167,34 @@ def load_mat(path: Path) -> dict:
     import scipy.io
 
     _must_exist(path)
+    _check_unpacked(path)
     try:
         return scipy.io.loadmat(path)
     except Exception as error:  # scipy raises whatever a damaged file provokes
         raise ValueError(f"not a MATLAB file: {type(error).__name__} {error}") from None
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuse a MATLAB 5 file whose compressed elements unpack to more than ``MAX_BYTES``, without unpacking more."""
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(128)
+        order = {b"IM": "<", b"MI": ">"}.get(start[126:128])
+        while order and len(tag := file.read(8)) == 8 and total <= MAX_BYTES:
+            kind, size = struct.unpack(f"{order}II", tag)
+            if kind != 15:  # miCOMPRESSED
+                file.seek(size, os.SEEK_CUR)
+                continue
+            unpacker, left = zlib.decompressobj(), size
+            while left > 0 and not unpacker.eof and total <= MAX_BYTES and (packed := file.read(min(left, 1 << 16))):
+                left -= len(packed)
+                try:
+                    total += len(unpacker.decompress(packed))
+                except zlib.error as error:
+                    raise ValueError(f"not a MATLAB file: {error}") from None
+            file.seek(left, os.SEEK_CUR)
+    if total > MAX_BYTES:
+        raise ValueError(f"too large: {path.name} unpacks to more than {MAX_BYTES:,} bytes")
 
 
 def _must_exist(path: Path) -> None:

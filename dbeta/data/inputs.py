@@ -31,8 +31,11 @@ def load_inputs(corpus: Corpus, config: Config) -> tuple[BatchMaker, Tokenizer]:
             announce(f"no table of negatives: making one; to choose its encoder run: {command}")
             negatives(corpus.path, device="cpu")
         table = torch.as_tensor(load_negatives(corpus).table)
+    report_of = torch.tensor(corpus.column("report"), dtype=torch.int64)
+    if len(report_of) and not 0 <= int(report_of.min()) <= int(report_of.max()) < len(corpus.reports):
+        raise ValueError(f"{corpus.path / 'records.parquet'} is damaged: reports that are not there; prepare it again")
     maker = BatchMaker(
-        torch.tensor(corpus.column("report"), dtype=torch.int64),
+        report_of,
         token_table(corpus, tokenizer),
         table,
         TextVocabulary(size=tokenizer.vocab_size, mask=tokenizer.mask, special=tokenizer.special_ids),

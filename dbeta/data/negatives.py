@@ -213,4 +213,9 @@ def load_negatives(corpus: Reports) -> NegativeTable:
         raise ValueError(f"{corpus.path} has no table of negatives; {again}") from None
     if made.metadata.get("digest") != digest(corpus.reports):
         raise ValueError(f"{path} was made for other reports than the corpus has now; {again}")
+    table = made.table
+    if table.dtype != np.int32 or table.ndim != 2 or not table.size or table.min() < 0 or table.max() >= len(table):
+        raise ValueError(f"{path} is damaged: it holds no table of reports; {again}")
+    if len(table) != len(corpus.reports):
+        raise ValueError(f"{path} is damaged: {len(table)} rows for {len(corpus.reports)} reports; {again}")
     return made

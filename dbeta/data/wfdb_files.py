@@ -13,14 +13,16 @@ import numpy as np
 
 from dbeta.data.formats import Raw, load_mat, narrowed
 
-MAX_SIGNALS, MAX_SAMPLES = 64, 50_000_000  # a header that claims more is damaged or hostile
+# What claims more is damaged or hostile.
+MAX_SIGNALS, MAX_SAMPLES, MAX_HEADER_BYTES = 64, 50_000_000, 1 << 20
+GAINS = (1e-6, 1e12)  # units per mV; beyond, float32 millivolts or their squares overflow
 PLAIN = {"16": "<i2", "61": ">i2", "32": "<i4"}
 # Bits of each format; the lowest value of these is "no sample". Format 8, differences, has no such value.
 BITS = {"80": 8, "508": 8, "310": 10, "311": 10, "212": 12, "24": 24, "524": 24}
 BITS |= dict.fromkeys(("16", "61", "160", "516"), 16)
 PER_MV = {"mv": 1.0, "uv": 1e3, "µv": 1e3, "μv": 1e3, "v": 1e-3}
 MAT_V4_BYTES = 24  # header of a MATLAB 4 matrix named "val"
-_RECORD = re.compile(r"^(\S+)\s+(\d+)(?:\s+([\d.]+)\S*(?:\s+(\d+))?)?")
+_RECORD = re.compile(r"(\S+)\s+(\d+)(?:\s+([\d.]+)(?:[/(]\S*)?(?:\s+(\d+)(?:\s.*)?)?)?")
 _SIGNAL = re.compile(
     r"^(?P<file>\S+)\s+(?P<format>\d+)(?:x(?P<per_frame>\d+))?(?::(?P<skew>\d+))?(?:\+(?P<offset>\d+))?"
     r"(?:\s+(?P<gain>[-+.\w]+)(?:\((?P<baseline>[-+]?\d+)\))?(?:/(?P<units>\S+))?)?"
@@ -74,8 +76,10 @@ def read_wfdb(path: Path) -> Raw:
     for signal in header.signals:
         if not (folder / signal.file).is_file():
             raise ValueError(f"missing signal file: {signal.file}")
+        if (folder / signal.file).resolve().parent != header.path.resolve().parent:
+            raise ValueError(f"link out of the record's folder: {signal.file}; link its header there too, or copy it")
         if signal.gain is None:
-            raise ValueError(f"bad gain: signal {signal.name or signal.file} has none above 0")
+            raise ValueError(f"bad gain: signal {signal.name or signal.file} has none above 0 that could be")
     if all(signal.plain for signal in header.signals):
         files = dict.fromkeys(signal.file for signal in header.signals)
         blocks = [_read_plain(folder / file, [s for s in header.signals if s.file == file], header) for file in files]
@@ -109,15 +113,19 @@ def read_header(path: Path) -> Header:
     """
     path = path if path.suffix == ".hea" else path.with_name(path.name + ".hea")
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        with path.open("rb") as file:
+            content = file.read(MAX_HEADER_BYTES + 1)
     except OSError as error:
         raise ValueError(f"no header: {error.strerror}") from None
+    if len(content) > MAX_HEADER_BYTES:
+        raise ValueError(f"unreadable header: longer than {MAX_HEADER_BYTES:,} bytes")
+    text = content.decode("utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines()]
     comments = tuple(line.lstrip("# ").strip() for line in lines if line.startswith("#"))
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise ValueError("unreadable header: it is empty")
-    record = _RECORD.match(lines[0])
+    record = _RECORD.fullmatch(lines[0])
     if record is None:
         raise ValueError(f"unreadable header: record line {lines[0][:60]!r}")
     if "/" in record[1]:
@@ -146,16 +154,19 @@ def _signal(line: str) -> Signal:
     if units not in PER_MV:
         raise ValueError(f"bad units: {fields['units']}; accepted: mV, uV, V")
     try:
-        gain = float(fields["gain"] or 0)
+        gain = float(fields["gain"] or 0) * PER_MV[units]
     except ValueError:
         gain = math.nan
+    baseline = int(fields["baseline"] or fields["zero"] or 0)
+    if abs(baseline) >= 2**31:
+        raise ValueError(f"unreadable header: baseline of {line[:60]!r}")
     if int(fields["per_frame"] or 1) != 1:
         raise ValueError(f"several samples per frame: {line[:60]!r} is not supported")
     skewed = bool(int(fields["skew"] or 0))  # wfdb shifts such a signal, so its checksum is not that of what we get
     return Signal(
         file=file, format=fields["format"], offset=int(fields["offset"] or 0),
-        plain=not skewed and fields["format"] in PLAIN, gain=gain * PER_MV[units] if 0 < gain < math.inf else None,
-        baseline=int(fields["baseline"] or fields["zero"] or 0),
+        plain=not skewed and fields["format"] in PLAIN, gain=gain if GAINS[0] < gain < GAINS[1] else None,
+        baseline=baseline,
         checksum=None if skewed or fields["checksum"] is None else int(fields["checksum"]),
         name=(fields["description"] or "").strip(),
     )  # fmt: skip

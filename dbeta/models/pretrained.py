@@ -9,6 +9,8 @@ MODEL_DIR/config.json          format, version, report cleaning, network, what i
 import dataclasses
 import json
 import tempfile
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +75,14 @@ def load(source: str | Path, runtime: RuntimeConfig | None = None, *, tokenizer:
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model {folder} cannot be read: {error}") from None
-    if described.get("format") != "dbeta-model":
+    if not isinstance(described, dict) or described.get("format") != "dbeta-model":
         raise ValueError(
             f"model {folder}: its config.json is not that of a dbeta model; dbeta import-checkpoint makes one"
         )
-    if described.get("version", 0) > VERSION:
-        raise ValueError(f"model {folder} has format version {described['version']}, this dbeta reads up to {VERSION}")
-    config: ModelConfig = Config.from_dict({"model": described["model"]}).model
+    version = described.get("version")
+    if type(version) is not int or version > VERSION:
+        raise ValueError(f"model {folder} has format version {version}, this dbeta reads up to {VERSION}")
+    config: ModelConfig = Config.from_dict({"model": described.get("model")}).model
     if (folder / "text_encoder").is_dir():
         config = dataclasses.replace(config, text_encoder=str(folder / "text_encoder"))
     cleaning, about = described.get("report_cleaning", "paper"), described.get("about")
@@ -182,6 +185,10 @@ def _t5_tensors(folder: Path, options: str) -> dict[str, Tensor]:
             stored |= load_file(file)
         if not stored:
             stored = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"text weights {folder} hold more than tensors and are not read, since that could run code; {options}"
+        ) from None
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"text weights {folder} cannot be read: {error}; {options}") from None
     found = {name.removeprefix("encoder."): tensor for name, tensor in stored.items() if name.startswith("encoder.")}

@@ -1,0 +1,328 @@
+"""Hostile input ends in one clear error, within bounded memory and time, and nothing is written elsewhere."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from dbeta import checkpoint
+from dbeta.config import Config
+from dbeta.data import formats
+from dbeta.data.corpus import Corpus
+from dbeta.data.prepare import prepare
+from dbeta.data.records import read_record
+from dbeta.data.tables import load_arrays
+from dbeta.models.dbeta import DBeta
+from dbeta.models.pretrained import load_text_weights
+from dbeta.models.released import import_checkpoint
+from tests.fuzz import LEADS, TARGETS
+from tests.models.small import SMALL
+
+ROOT = Path(__file__).parents[1]
+ADC = np.random.default_rng(0).integers(-500, 500, (100, 12)).astype("<i2")
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Writes a record whose header is made of parts, some of them replaced; returns its path."""
+
+    def write(
+        line: str = "r 12 500 100", signal: str = "{file} 16 200(0)/mV 16 0 0 {sum} 0 {lead}", file: str = "r.dat"
+    ):
+        sums = ADC.sum(0) % 65536
+        signals = "".join(signal.format(file=file, sum=sums[i], lead=lead) + "\n" for i, lead in enumerate(LEADS))
+        (tmp_path / "r.hea").write_bytes(f"{line}\n{signals}".encode("utf-8", "surrogateescape"))
+        (tmp_path / "r.dat").write_bytes(ADC.tobytes())
+        return tmp_path / "r"
+
+    return write
+
+
+def test_the_record_is_good(record):
+    assert read_record(record()).adc.shape == (12, 100)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"line": "r"}, "unreadable header: record line 'r'"),
+        ({"line": "r 12 500 ten"}, "unreadable header: record line"),
+        ({"line": "r 99999999999 500 100"}, "unreadable header: 99999999999 signals"),
+        ({"line": "r 65 500 100"}, "unreadable header: 65 signals"),
+        ({"line": "r 13 500 100"}, "13 signals announced, 12 described"),
+        ({"line": "r 12 500 99999999999"}, "unreadable header: 12 signals of 99999999999 samples"),
+        ({"line": "r 12 500 40000000"}, "truncated signal file: r.dat has 2400 bytes, its header needs 960000000"),
+        ({"line": "r 12 500 99"}, "signal file does not fit: r.dat has 2400 bytes, its header describes 2376"),
+        ({"line": "r 12 -500 100"}, "unreadable header"),
+        ({"line": "r 12 1e9 100"}, "unreadable header"),
+        ({"line": "r/3 12 500 100"}, "multi-segment record"),
+        ({"line": "r 12 500 100", "signal": "{file} 16 -200(0)/mV 16 0 0 {sum} 0 {lead}"}, "bad gain"),
+        ({"signal": "{file} 16 1e-300(0)/mV 16 0 0 {sum} 0 {lead}"}, "bad gain"),
+        ({"signal": "{file} 16 nan(0)/mV 16 0 0 {sum} 0 {lead}"}, "bad gain"),
+        ({"signal": "{file} 16 200(99999999999)/mV 16 0 0 {sum} 0 {lead}"}, "unreadable header: baseline"),
+        ({"signal": "{file} 16x500 200(0)/mV 16 0 0 {sum} 0 {lead}"}, "several samples per frame"),
+        ({"file": "../../etc/passwd"}, "is not in the record's own folder"),
+        ({"file": "/etc/passwd"}, "is not in the record's own folder"),
+        ({"file": "..\\r.dat"}, "is not in the record's own folder"),
+        ({"file": "r\0.dat"}, "is not in the record's own folder|unreadable header"),
+        ({"file": "\udcff\udcfe.dat"}, "missing signal file"),
+        ({"signal": "{file} 16 200(0)/mV 16 0 0 {sum} 0 V1\0"}, "duplicate lead|missing leads|unreadable header"),
+    ],
+)
+def test_headers(record, parts, message):
+    with pytest.raises(ValueError, match=message):
+        read_record(record(**parts))
+
+
+def test_a_header_without_end(record):
+    path = record()
+    with path.with_suffix(".hea").open("ab") as file:
+        file.write(b"#" + b"x" * (2 << 20))
+    with pytest.raises(ValueError, match="unreadable header: longer than 1,048,576 bytes"):
+        read_record(path)
+
+
+def test_a_link_out_of_the_records_folder(record, tmp_path):
+    path = record()
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.with_suffix(".dat").rename(tmp_path / "elsewhere" / "secret")
+    path.with_suffix(".dat").symlink_to(moved)
+    with pytest.raises(ValueError, match=r"link out of the record's folder: r.dat"):
+        read_record(path)
+
+
+# --- archives and arrays -------------------------------------------------------------------------------------------
+
+
+def mat_bomb(path: Path, megabytes: int) -> None:
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(megabytes)) + packer.flush()
+    text = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
+    path.write_bytes(text + struct.pack("<II", 15, len(packed)) + packed)
+
+
+def test_a_mat_bomb(tmp_path):
+    mat_bomb(tmp_path / "A1.mat", 1100)
+    assert (tmp_path / "A1.mat").stat().st_size < 2 << 20
+    code = "import sys; from dbeta.data.records import read_record; read_record(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "A1.mat")], cwd=ROOT, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30)), timeout=60,
+    )  # fmt: skip
+    assert "too large: A1.mat unpacks to more than" in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_hdf5_that_lies(tmp_path):
+    with h5py.File(tmp_path / "huge.h5", "w") as file:
+        file.create_dataset("ecg", (12, 1 << 32), "f2", chunks=(12, 1 << 10), compression="gzip")
+    with pytest.raises(ValueError, match="too large: ecg is"):
+        read_record(tmp_path / "huge.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["ecg"] = np.zeros((12, 9))
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["ecg"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "ecg")
+    with pytest.raises(ValueError, match="not in the file: ecg is missing, or a link"):
+        read_record(tmp_path / "link.h5")
+    with h5py.File(tmp_path / "text.h5", "w") as file:
+        file["ecg"] = "no numbers"
+    with pytest.raises(ValueError, match="not numbers: ecg"):
+        read_record(tmp_path / "text.h5")
+    (tmp_path / "exams.hdf5").write_bytes((tmp_path / "link.h5").read_bytes())
+    with pytest.raises(ValueError, match="not in the file: tracings"):
+        next(formats.read_tracings(tmp_path / "exams.hdf5", [0], units_per_mv=1.0))
+
+
+def test_npz_bombs_and_lies(tmp_path):
+    path = tmp_path / "negatives.npz"
+    np.savez_compressed(path, table=np.zeros(50_000_000, np.int8), metadata=np.zeros(2, np.uint8))
+    with pytest.raises(ValueError, match="is compressed, which we do not do"):
+        load_arrays(path, ("table",))
+    with zipfile.ZipFile(path, "w") as archive:
+        header = b"\x93NUMPY\x01\x00" + struct.pack("<H", 80)
+        shape = b"{'descr': '<i4', 'fortran_order': False, 'shape': (900000000000, 64), }"
+        archive.writestr("table.npy", header + shape.ljust(79) + b"\n")
+    with pytest.raises(ValueError, match="is not as long as its header says"):
+        load_arrays(path, ("table",))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../../outside.npy", b"")
+    with pytest.raises(ValueError, match="is damaged or of another kind"):
+        load_arrays(path, ("table",))
+    np.savez(path, table=np.array([{"a": 1}], dtype=object), metadata=np.zeros(2, np.uint8))
+    with pytest.raises(ValueError, match="is damaged or of another kind"):
+        load_arrays(path, ("table",))
+
+
+# --- corpora -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile") / "corpus"
+    prepare("synthetic", None, folder, limit=4, workers=1)
+    return folder
+
+
+@pytest.fixture
+def corpus(whole_corpus, tmp_path) -> Path:
+    return Path(shutil.copytree(whole_corpus, tmp_path / "corpus"))
+
+
+def test_links_out_of_a_corpus(corpus, tmp_path):
+    for name in ("shards/00000.tar", "records.parquet"):
+        moved = (corpus / name).rename(tmp_path / "moved")
+        (corpus / name).symlink_to(moved)
+        with pytest.raises(ValueError, match=f"{name} is a link out of the corpus; copy what it points to"):
+            Corpus.open(corpus)
+        (corpus / name).unlink()
+        moved.rename(corpus / name)
+    Corpus.open(corpus)
+
+
+def test_names_that_leave_a_corpus(corpus, tmp_path):
+    described = json.loads((corpus / "corpus.json").read_text())
+    described["shards"][0]["name"] = "../../secret.tar"
+    (tmp_path / "secret.tar").write_bytes((corpus / "shards" / "00000.tar").read_bytes())
+    (corpus / "corpus.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"is damaged: shards/../../secret.tar is not there"):
+        Corpus.open(corpus)
+
+
+def test_member_names_of_a_tar_are_never_followed(corpus, tmp_path):
+    """A tar whose members would unpack elsewhere, or to a hundred times its size: nothing is unpacked, ever."""
+    shard = corpus / "shards" / "00000.tar"
+    size = shard.stat().st_size
+    with tarfile.open(shard, "w") as archive:
+        member = tarfile.TarInfo("../../../outside")
+        archive.addfile(member)
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member)
+        sparse = tarfile.TarInfo("00000000.adc")
+        sparse.size = 1 << 40
+        archive.addfile(sparse, None)
+    os.truncate(shard, size)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    opened = Corpus.open(corpus)
+    for record in range(len(opened)):
+        assert opened.read_adc(record).shape == (12, 5000)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert "shards/00000.tar" in opened.damage()
+
+
+def test_a_table_that_lies_about_lengths(corpus):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(corpus / "records.parquet")
+    for name, value in (("samples", 2**31 - 1), ("offset", 2**62), ("offset", -1), ("shard", 99)):
+        place = table.column_names.index(name)
+        values = pa.array([value] * len(table), table.field(place).type)
+        pq.write_table(table.set_column(place, table.field(place), values), corpus / "records.parquet")
+        with pytest.raises(ValueError, match=r"record 0 of .* ends inside it"):
+            Corpus.open(corpus).read_adc(0)
+
+
+def test_text_that_is_no_text(tmp_path):
+    for name, content, message in (
+        ("nul.toml", b"[train]\nsteps = 3\0\n", "not valid TOML"),
+        ("latin.toml", "# é".encode("latin-1"), "is not UTF-8 text"),
+        ("deep.toml", b"a = " + b"[" * 100_000, "not valid TOML"),
+        ("long.toml", b"#" * (2 << 20), "is longer than 1,048,576 bytes"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            Config.load(str(tmp_path / name))
+    (tmp_path / "record_list.csv").write_bytes(b"subject_id,study_id,path\n1,2,\xff\xfe\n")
+    (tmp_path / "machine_measurements.csv").write_bytes(b"subject_id,study_id,report_0\n1,2,\x00sinus\n")
+    with pytest.raises(ValueError, match=r"record_list.csv is not a CSV table"):
+        prepare("mimic-iv-ecg", tmp_path, tmp_path / "out", workers=1)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+class Harmful:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/dbeta-pickle-was-run"),))
+
+
+def test_pickles_are_not_run(tmp_path):
+    torch.save({"model": Harmful()}, tmp_path / "released.pt")
+    with pytest.raises(ValueError, match="holds more than tensors and is not read, since that could run code"):
+        import_checkpoint(tmp_path / "released.pt")
+    torch.save({"shared.weight": Harmful()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="hold more than tensors and are not read, since that could run code"):
+        load_text_weights(DBeta(SMALL), str(tmp_path))
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
+        (folder / name).write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        checkpoint.latest(folder.parent)
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.load(folder, DBeta(SMALL))
+    with pytest.raises(ValueError, match="cannot be read"):
+        DBeta.from_pretrained(_model_of(folder))
+    assert not Path("/tmp/dbeta-pickle-was-run").exists()
+
+
+def _model_of(folder: Path) -> Path:
+    (folder / "config.json").write_bytes((folder / "state.json").read_bytes())
+    return folder
+
+
+def test_safetensors_that_lie(tmp_path):
+    for content in (b"\xff" * 8 + b"{}", struct.pack("<Q", 1 << 40), b"", struct.pack("<Q", 9) + b'{"a":[[[['):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="cannot be read"):
+            DBeta.from_pretrained(tmp_path)
+
+
+# --- fuzzing -------------------------------------------------------------------------------------------------------
+
+
+def fuzz(target: str, seconds: float, seed: int) -> None:
+    command = [sys.executable, "-m", "tests.fuzz", target, str(seconds), str(seed)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds + 100, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["read"] > 0 and counts["refused"] > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_fuzz_for_seconds(target):
+    fuzz(target, 2, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_fuzz_for_two_minutes(target):
+    fuzz(target, 120, int.from_bytes(os.urandom(3)))
+
+
+def test_the_fuzzer_finds_what_is_wrong(monkeypatch, tmp_path):
+    """A target that fails in the ways that count is found out."""
+    from tests import fuzz as module
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(module, "SLOW_S", 0.05)
+    import time
+
+    for once in (lambda _: [][0], lambda _: time.sleep(0.1), lambda _: Path("../stray").write_text("")):
+        monkeypatch.setitem(module.TARGETS, "broken", lambda _, once=once: once)
+        assert module.main("broken", 5) == 1
+    monkeypatch.chdir(tmp_path)
