@@ -13,14 +13,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """A context in which a signal is a request. The second one of a kind does what it does elsewhere: it kills.
+    """A context in which a signal is a request; repeating it changes nothing (launchers do), only SIGKILL is quicker.
 
     The run ends after the step under way, a validation if one is due, and one checkpoint; with several ranks one step
     later, since they agree by a message that travels while a step is computed.
     """
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.received = ranks, ""
+        self.ranks, self.received = ranks, False
         self._before: dict[signal.Signals, object] = {}
         self._asked: tuple[torch.Tensor, dist.Work] | None = None
 
@@ -32,14 +32,13 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, self._before[number])
+    def _receive(self, _: int, __: FrameType | None) -> None:
+        self.received = True
 
     def agreed(self) -> bool:
         """Whether to stop now; called by every rank once after each step. Waits for no device."""
         if self.ranks.world == 1:
-            return bool(self.received)
+            return self.received
         asked, self._asked = self._asked, self._ask()
         if asked is None:
             return False
@@ -47,5 +46,5 @@ class StopRequest:
         return bool(asked[0])
 
     def _ask(self) -> tuple[torch.Tensor, dist.Work]:
-        flag = torch.tensor(int(bool(self.received)))
+        flag = torch.tensor(int(self.received))
         return flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
