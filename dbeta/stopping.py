@@ -1,6 +1,7 @@
 """SIGTERM and SIGUSR1 end a run between two steps, on all ranks after the same one, with a checkpoint."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Self
 
@@ -25,7 +26,8 @@ class StopRequest:
         self._asked: tuple[torch.Tensor, dist.Work] | None = None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python has no say over signals
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
