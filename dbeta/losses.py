@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbeta.config import LossConfig
+from dbeta import compilation
+from dbeta.config import LossConfig, RuntimeConfig
 from dbeta.distributed import ALONE, Ranks
 from dbeta.ets import ring_ets_loss
 from dbeta_kernels.mem_loss import mem_loss
@@ -96,12 +97,11 @@ def pretraining_losses(
 class Objective(nn.Module):
     """``pretraining_losses`` of a model as a module, whose forward pass DDP and FSDP can wrap."""
 
-    def __init__(self, model: DBeta, config: LossConfig, ranks: Ranks, *, compiled: bool = False):
+    def __init__(self, model: DBeta, config: LossConfig, ranks: Ranks, runtime: RuntimeConfig, device: torch.device):
         super().__init__()
         self.model, self.config, self.ranks = model, config, ranks
-        self.losses = pretraining_losses
-        if compiled:  # messages between ranks part the graph
-            self.losses = torch.compile(pretraining_losses, fullgraph=ranks.world == 1, dynamic=False)
+        # messages between ranks part the graph
+        self.losses = compilation.compiled(pretraining_losses, runtime, device, whole=ranks.world == 1)
 
     @property
     def unused_parameters(self) -> bool:

@@ -23,11 +23,10 @@ from dbeta.data.batch import Batch, BatchMaker
 from dbeta.data.corpus import Corpus
 from dbeta.data.inputs import load_inputs
 from dbeta.data.loader import RawBatch, make_loader
-from dbeta.losses import Losses, pretraining_losses
-from dbeta.models.card import about_run
 from dbeta.distributed import ALONE, Ranks, gradients_of, join, refresh, replica, whole, wrap
 from dbeta.ets import CachedEts, ring_ets_loss
 from dbeta.losses import Objective
+from dbeta.models.card import about_run
 from dbeta.models.dbeta import DBeta
 from dbeta.models.pretrained import load_text_weights
 from dbeta.optim import learning_rate, make_optimizer, set_learning_rate
@@ -43,18 +42,14 @@ class Stepper:
 
     def __init__(self, model: DBeta, config: Config, device: torch.device, ranks: Ranks = ALONE):
         self.model, self.config, self.device, self.ranks = model, config, device, ranks
-        objective = Objective(model, config.loss, ranks, compiled=config.runtime.compile)
+        objective = Objective(model, config.loss, ranks, config.runtime, device)
         self.pretraining_losses = wrap(objective, config.runtime.strategy, ranks)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config.optim)
-        self.losses = compilation.compiled(pretraining_losses, config.runtime, device)
         # Under CUDA graphs a gradient lies where the next micro-batch writes: they add up in tensors that stay.
         self.keep_gradients = config.train.accumulate > 1 and compilation.uses_graphs(config.runtime, device)
         for parameter in self.parameters if self.keep_gradients else ():
             parameter.grad = torch.zeros_like(parameter)
-        self.sums: dict[str, Tensor] = {}  # since the last log line, on the device
-        self.counted = 0  # steps in these sums
-        self.skipped = torch.zeros(2, device=device)  # [all, in a row right now]
         self.counters = Counters(config, device, ranks)
 
     def step(self, batches: list[Batch]) -> None:
@@ -76,10 +71,6 @@ class Stepper:
         self.optimizer.found_inf = bad  # the fused kernel leaves weights and moments alone where this is 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
-        self.skipped = torch.stack((self.skipped[0] + bad, (self.skipped[1] + bad) * bad))
-        self._add("grad_norm", norm)
-        self.counted += 1
-        self.optimizer.zero_grad(set_to_none=True)
         self.counters.add("grad_norm", norm)
         self.counters.end_step(bad)
 

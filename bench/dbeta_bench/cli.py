@@ -84,7 +84,8 @@ _plain("negatives", "Embedding, search and draw of N3S negatives.")
 def step(out, against, device, **options) -> None:
     """One training step: dense, compiled, with exact removals, with kernels, and all of it."""
     _run(["step"], out, against, device, **options)
-_plain("step", "One training step, dense and with exact removals.")
+
+
 _plain("encode", "ECG features from a trained model: latency and throughput.")
 
 

@@ -160,8 +160,6 @@ class Bench:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-            losses = pretraining_losses(self.stepper.model, self.batch(), self.config.loss)
-        with FlopCounterMode(display=False) as counter:
             losses = self.stepper.pretraining_losses(self.batch())
             losses.total.backward()
         self.stepper.optimizer.zero_grad(set_to_none=True)

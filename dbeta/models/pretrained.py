@@ -8,9 +8,8 @@ MODEL_DIR/config.json          format, version, report cleaning, network, what i
 
 import dataclasses
 import json
-import tempfile
-import os
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
