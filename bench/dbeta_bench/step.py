@@ -60,8 +60,15 @@ def _stem_backward_flops(d_out, ecg, first, rest, *_, **__) -> int:
     return 4 * tokens[0] * math.prod(first) + 6 * sum(tokens[1:]) * math.prod(rest[1:])
 
 
-# Our own operators with matrix work, which torch cannot count.
+def _aten_conv_backward_flops(d_out, x, weight, *options, **__) -> int:
+    """torch 2.13 counts the weight gradient of a grouped convolution ``groups`` times."""
+    wants_input, wants_weight, _ = options[-1]
+    return 2 * math.prod(d_out) * math.prod(weight[1:]) * (wants_input + wants_weight)
+
+
+# Our own operators with matrix work, which torch cannot count, and one that it counts wrongly.
 FORMULAS = {
+    torch.ops.aten.convolution_backward: _aten_conv_backward_flops,
     torch.ops.dbeta.positional_conv: _conv_flops,
     torch.ops.dbeta.positional_conv_backward: _conv_backward_flops,
     torch.ops.dbeta.conv_stem: _stem_flops,
@@ -183,7 +190,7 @@ def dense_flops(bench: Bench) -> float:
         for field in dataclasses.fields(batch):
             if isinstance(value := getattr(batch, field.name), torch.Tensor):
                 setattr(batch, field.name, mode.from_tensor(value.cpu()))
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             pretraining_losses(model, batch, bench.config.loss).total.backward()
     return float(counter.get_total_flops())
 

@@ -112,7 +112,7 @@ def _nearby(inputs: Inputs, dtype: torch.dtype, seed: int) -> Inputs:
 
 
 def assert_budget(name: str, actual, reference, truth, tolerance: float, extra: float = 0.0) -> None:
-    """``|actual - truth| <= |reference - truth| + tolerance * max(|truth|, rms) + extra``; NaN where truth is NaN."""
+    """``|actual - truth| <= |reference - truth| + tolerance * max(|truth|, rms) + extra`` elementwise; NaN = NaN."""
     if actual.shape != reference.shape or actual.dtype != reference.dtype:
         got, want = ((tuple(x.shape), x.dtype) for x in (actual, reference))
         raise AssertionError(f"{name}: {got}, the reference gives {want}")

@@ -1,6 +1,8 @@
 """The benchmark of the step runs for every provider, and counts what is computed."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dbeta_bench import step
 
@@ -20,6 +22,14 @@ def test_rows_and_flops():
         assert row["ratio"] == pytest.approx(row["step_s"] / reference["step_s"])
         assert row["steps_per_s"] * 4 == pytest.approx(row["records_per_s"]) and 0 < row["mfu"] < 1
         assert min(row[f"{phase}_s"] for phase in ("data", "forward", "backward", "optimizer")) > 0
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_grouped_convolution_is_counted_once(groups):
+    x, weight = torch.randn(2, 8, 10, requires_grad=True), torch.randn(8, 8 // groups, 3, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=step.FORMULAS) as counter:
+        torch.nn.functional.conv1d(x, weight, padding=1, groups=groups).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (2 * 8 * 10) * (8 // groups * 3)
 
 
 def test_mistakes():
