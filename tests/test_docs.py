@@ -25,7 +25,7 @@ def blocks(document: str, language: str) -> list[str]:
 @pytest.mark.parametrize("document", ["README.md", "docs/use.md"])
 def test_the_five_lines_give_features_of_every_format(document, folder, paths):  # noqa: F811
     (lines,) = [block for block in blocks(document, "python") if "from_pretrained" in block]
-    assert len(lines.strip().splitlines()) == 5
+    assert len([line for line in lines.splitlines() if line]) == 5
     found = {"PATHS": [str(path) for path in paths.values()]}
     exec(lines.replace("MODEL", str(folder)), found)  # the text of a document of ours
     assert found["features"].shape == (5, 768) and np.isfinite(found["features"].numpy()).all()

@@ -6,6 +6,7 @@ again by the model's tensors, the options, and names, sizes and times of its fil
 
 import csv
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -221,14 +222,15 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[tuple]) -> None
 
 
 def show(columns: Sequence[str], rows: Sequence[tuple], most: int = 40) -> Any:
-    """Rows as a table for people."""
+    """Rows as a table for people; the folder that all records share is said once."""
     from rich import box
     from rich.table import Table
 
+    shared = os.path.commonpath([Path(name).parent for name, *_ in rows]) if rows else ""
     more = f"the first {most} of {len(rows):,}; --out FILE.csv writes all" if len(rows) > most else None
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=more)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=more, title=shared, title_justify="left")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", overflow="fold")
-    for row in rows[:most]:
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for name, *scores in rows[:most]:
+        table.add_row(name.removeprefix(f"{shared}/"), *(f"{score:.3f}" for score in scores))
     return table

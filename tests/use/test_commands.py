@@ -116,7 +116,8 @@ def test_ask(mixed, folder, model, tmp_path):
         model.encode_ecg(ecgs, lengths="crop") @ torch.stack((model.encode_text(["atrial fibrillation"])[0], normal)).T
     )
     np.testing.assert_allclose([[float(r["AF"]), float(r["normal"])] for r in rows], expected, rtol=1e-4, atol=1e-4)
-    assert "SPH00001" in run("ask", folder, mixed / "deep", "--prompts", prompts)
+    shown = run("ask", folder, mixed / "deep", "--prompts", prompts)
+    assert any("SPH00001" in line and f"{float(rows[-1]['AF']):.3f}" in line for line in shown.splitlines())
     for wrong in ('["a"]', '{"AF": ""}', '{"AF": 3}', "{"):
         prompts.write_text(wrong)
         assert "--prompts" in run("ask", folder, mixed / "deep", "--prompts", prompts, code=2)
@@ -141,6 +142,8 @@ def test_export_to_onnx(model, tmp_path):
     pytest.importorskip("onnxruntime", reason="pip install dbeta[onnx]")
     assert exporting.export(model, tmp_path / "encoder.onnx") <= 1e-4
 
+
+SETTINGS = '{"encoder_attention_heads": 4, "num_heads": 4, "mem_layer": 2, "mem_decoder_num_heads": 2}'
 
 # --- a released checkpoint -------------------------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ def test_new_weight_norm_names_and_dropped_embedding(parity, tmp_path):
     for new, old in released._NEW_NORM.items():
         weights[conv + new] = weights.pop(conv + old)
     weights["ecg_encoder.mask_emb"] = torch.zeros(48)
-    (tmp_path / "m.json").write_text('{"encoder_attention_heads": 4, "num_heads": 4, "mem_layer": 2}')
+    (tmp_path / "m.json").write_text(SETTINGS)
     save_file(weights, tmp_path / "m.safetensors")
     arguments = (tmp_path / "m.safetensors", "--config", tmp_path / "m.json", "--lead-order", "mimic")
     assert "dropped: no output reads it" in run("import-checkpoint", *arguments, "--out", tmp_path / "out")
@@ -233,7 +236,7 @@ def test_tensors_that_do_not_fit(parity, tmp_path, change, message):
     weights = load_file(parity / "tiny_seedA_weights.safetensors")
     change(weights)
     save_file(weights, tmp_path / "m.safetensors")
-    (tmp_path / "m.json").write_text('{"encoder_attention_heads": 4, "num_heads": 4, "mem_layer": 2}')
+    (tmp_path / "m.json").write_text(SETTINGS)
     arguments = (tmp_path / "m.safetensors", "--config", tmp_path / "m.json", "--out", tmp_path / "out")
     said = run("import-checkpoint", *arguments, code=2)
     assert message in said and said.count("\n") == 1

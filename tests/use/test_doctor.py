@@ -41,7 +41,7 @@ def test_planted_traps(ecg, tmp_path):
     write(folder, "twin", ecg, gain=500)
     write(folder, "swapped", ecg[:, ::-1], ["II", "I", *LEADS[2:]])
     order = [0, 1, 2, 3, 5, 4, *range(6, 12)]
-    write(folder, "ordered", np.roll(ecg, 700)[order], [LEADS[i] for i in order])
+    write(folder, "ordered", np.roll(ecg, 700, 1)[order], [LEADS[i] for i in order])
     write(folder, "short", ecg[:2, :3500] + 1, LEADS[:2], rate=250)
     loud = ecg[:, 1000:].copy()
     loud[0] = 0
