@@ -114,54 +114,64 @@ def embed(
         raise ValueError(f"--out {out}; accepted endings: {', '.join(KINDS)}")
     if out.exists():
         raise ValueError(f"{out} is already there; remove it or choose another --out")
-    parts = out.with_name(out.name + ".parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    settings = f"{model_checksum(model)} {lengths}"
     groups = [names[i : i + PART] for i in range(0, len(names), PART)]
-    kept = {place: done for place, group in enumerate(groups) if (done := _load(parts, place, _key(settings, group)))}
-    if kept:
-        announce(f"going on: {sum(len(groups[place]) for place in kept):,} of {len(names):,} records were done before")
-    failures: list[tuple[str, str]] = []
+    parts = Parts(out.with_name(out.name + ".parts"), f"{model_checksum(model)} {lengths}", groups)
+    if before := sum(len(groups[place]) for place in range(len(groups)) if parts.has(place)):
+        announce(f"going on: {before:,} of {len(names):,} records were done before")
     with progress("records", len(names)) as advance:
         for place, group in enumerate(groups):
-            if done := kept.get(place):
+            if parts.has(place):
                 advance(len(group))
             else:
-                done = encode_files(model, group, lengths=lengths, batch=batch, workers=workers, advance=advance)
-                _save(parts, place, _key(settings, group), done)
-            failures += done.failures
-            kept[place] = None  # read again when all are there: memory does not grow with the number of records
-    every = lambda: (_load(parts, place, _key(settings, group)) for place, group in enumerate(groups))  # noqa: E731
-    (_write_parquet if out.suffix == ".parquet" else _write_npz)(out, every(), model.config.width)
+                how = {"lengths": lengths, "batch": batch, "workers": workers, "advance": advance}
+                parts.save(place, encode_files(model, group, **how))
+    (_write_parquet if out.suffix == ".parquet" else _write_npz)(out, iter(parts), model.config.width)
+    failures = [failure for part in parts for failure in part.failures]
     if failures:
         write_csv(out.with_name(out.name + ".failures.csv"), ("record", "reason"), failures)
-    shutil.rmtree(parts)
+    shutil.rmtree(parts.folder)
     return failures
 
 
-def _key(settings: str, names: Sequence[str]) -> str:
+class Parts:
+    """Finished groups of records in a folder beside the output, each with the key of what it was made of."""
+
+    def __init__(self, folder: Path, settings: str, groups: Sequence[Sequence[str]]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.keys = [part_key(settings, group) for group in groups]
+
+    def has(self, place: int) -> bool:
+        """Whether this group is done, with these options, model and files."""
+        path = self._path(place)
+        return path.is_file() and load_arrays(path, ())[1]["key"] == self.keys[place]
+
+    def save(self, place: int, done: Encoded) -> None:
+        """Keep a group."""
+        told = {name: getattr(done, name) for name in ("records", "seconds", "leads", "failures")}
+        save_arrays(self._path(place), {"features": done.features}, told | {"key": self.keys[place]})
+
+    def __iter__(self) -> Iterator[Encoded]:
+        """The groups in order, one at a time."""
+        for place in range(len(self.keys)):
+            arrays, told = load_arrays(self._path(place), ("features",))
+            del told["key"]
+            told["failures"] = [tuple(failure) for failure in told["failures"]]
+            yield Encoded(features=arrays["features"], **told)
+
+    def _path(self, place: int) -> Path:
+        return self.folder / f"{place:06d}.npz"
+
+
+def part_key(settings: str, names: Sequence[str]) -> str:
+    """Changes with the options, the names, and size or time of a file (of a WFDB record: of its signal files too)."""
     digest = hashlib.sha256(settings.encode())
     for name in names:
         file = Path(name.rpartition("#")[0] or name)
-        stat = file.stat() if file.is_file() else None
-        digest.update(f"{name} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+        for part in (file, file.with_suffix(".dat"), file.with_suffix(".mat")):
+            stat = part.stat() if part.is_file() else None
+            digest.update(f"{name} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
-
-
-def _save(parts: Path, place: int, key: str, done: Encoded) -> None:
-    told = {"key": key, "records": done.records, "seconds": done.seconds, "leads": done.leads}
-    save_arrays(parts / f"{place:06d}.npz", {"features": done.features}, told | {"failures": done.failures})
-
-
-def _load(parts: Path, place: int, key: str) -> Encoded | None:
-    path = parts / f"{place:06d}.npz"
-    if not path.is_file():
-        return None
-    arrays, told = load_arrays(path, ("features",))
-    if told.pop("key") != key:
-        return None
-    failures = [(name, reason) for name, reason in told.pop("failures")]
-    return Encoded(features=arrays["features"], failures=failures, **told)
 
 
 def _write_parquet(out: Path, parts: Iterator[Encoded], width: int) -> None:

@@ -84,10 +84,14 @@ def test_a_killed_embed_goes_on(mixed, model, tmp_path, monkeypatch):
         np.testing.assert_allclose(file["feature"], expected, atol=1e-5)
 
 
-def test_another_option_is_other_work(mixed, model, tmp_path, monkeypatch):
+def test_another_option_is_other_work(mixed):
     names = find_records([mixed / "deep"])
-    keys = {embedding._key(f"model {lengths}", names) for lengths in ("crop", "mean")}
-    assert len(keys | {embedding._key("model crop", names[1:])}) == 3
+    keys = {embedding.part_key(f"model {lengths}", names) for lengths in ("crop", "mean")}
+    assert len(keys | {embedding.part_key("model crop", names[1:])}) == 3
+    signal = mixed / "lonely.dat"
+    before = embedding.part_key("", [str(mixed / "lonely.hea")])
+    signal.write_bytes(b"1234")
+    assert embedding.part_key("", [str(mixed / "lonely.hea")]) != before
 
 
 def test_finding(mixed, tmp_path):
