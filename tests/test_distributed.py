@@ -3,12 +3,14 @@
 import dataclasses
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dbeta import checkpoint
 from dbeta.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from dbeta.data.batch import Batch
 from dbeta.distributed import Ranks, share_of, whole
@@ -252,6 +254,38 @@ def test_cached_pairs_are_those_of_a_batch_at_once():
 def test_a_nan_on_one_rank_skips_the_step_on_all(strategy, teams):
     alone = check(teams(2), configured(TINY, strategy), count=4, bad=2)
     assert [line["now"] for line in alone] == [0, 0, 1, 0]
+
+
+def saved_and_gone_on_with(ranks: Ranks, config: Config, folder: str):
+    """Two steps, a checkpoint, two more: does a model that goes on from the checkpoint end where this one does?"""
+    torch.manual_seed(0)
+    steppers = [Stepper(DBeta(config.model, config.runtime), config, torch.device("cpu"), ranks) for _ in range(2)]
+    rows = ranks.rows(config.train.batch)
+    batches = [[singles(batch_of(config.model, step, rows))] for step in range(4)]
+    for step in range(2):
+        steppers[0].step(batches[step])
+    tensors = checkpoint.snapshot(steppers[0].model, steppers[0].optimizer, wanted=ranks.first)
+    if ranks.first:
+        checkpoint.write(Path(folder), 2, tensors, {"loader": {}, "best": {}, "counters": {}}, 1)
+    ranks.any(torch.tensor(True))  # all wait for the first
+    path = checkpoint.whole(Path(folder))[0]
+    checkpoint.load(path, steppers[1].model, steppers[1].optimizer)
+    for stepper in steppers:
+        for step in range(2, 4):
+            stepper.step(batches[step])
+    ends = [{n: whole(t.detach()).clone() for n, t in stepper.model.state_dict().items()} for stepper in steppers]
+    return all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def singles(batch: Batch) -> Batch:
+    for name in ("ecg", "signal", "mean", "rstd"):
+        setattr(batch, name, getattr(batch, name).float())
+    return batch
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_checkpoint_of_shards_is_gone_on_with_exactly(strategy, teams, tmp_path):
+    assert teams(2)(saved_and_gone_on_with, configured(TINY, strategy), str(tmp_path)) == [True, True]
 
 
 @pytest.mark.slow

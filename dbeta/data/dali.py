@@ -62,7 +62,7 @@ class DaliLoader:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             (signals,) = self.pipeline.run(stream)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, ValueError, OSError) as error:  # whatever an operator or a source provokes
             if self.patient is not None and self.ahead:
                 return self._read_patiently()
             found = re.search(r"record \d+: .*", str(error))
