@@ -80,9 +80,8 @@ class Stepper:
         if loss.ets_pairs == "micro" or len(batches) == 1:
             return [ring_ets_loss] * len(batches)
         features = []
-        with torch.random.fork_rng(
-            [self.device] if self.device.type == "cuda" else []
-        ):  # dropout as in the second pass
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # the second pass draws the same dropout
             for batch in batches:
                 with torch.no_grad(), autocast(self.config.runtime, self.device):
                     features.append(self.pretraining_losses(batch, None))
@@ -118,13 +117,13 @@ def train(
     if not restored:
         load_text_weights(model, config.model.text_weights)
     model.to(device)
-    judged = replica(model, config.runtime.strategy, ranks)
+    evaluated = replica(model, config.runtime.strategy, ranks)
     stepper = Stepper(model, config, device, ranks)
-    validator = Validator(judged, corpus, host_maker, maker, config, device) if ranks.first else None
+    validator = Validator(evaluated, corpus, host_maker, maker, config, device) if ranks.first else None
     loader = make_loader(
         corpus, split="train", batch=config.train.batch, seed=config.train.seed,
         engine=config.data.engine, workers=config.data.workers, skip=config.data.on_corrupt == "skip",
-        device=device.type, rank=ranks.rank, world=ranks.world, parts=config.train.accumulate,
+        device=str(device), rank=ranks.rank, world=ranks.world, parts=config.train.accumulate,
     )  # fmt: skip
     log = RunLog(out, config.train.steps, active=ranks.first)
     first, best = 0, {"score": float("-inf"), "step": 0}
@@ -161,19 +160,14 @@ def train(
                 log.train(done, stepper.counters.drain() | {"lr": rate}, records_per_s)
                 started, begun = time.perf_counter(), done
             if done % config.train.eval_every == 0 or last:
-                metrics = validator()
-                log.validation(done, metrics)
-                if metrics["score"] > best["score"]:
-                    best = {"score": metrics["score"], "step": done}
-                    model.about = about_run(config, corpus, done, metrics)
-                    model.save_pretrained(out / "model")
-                refresh(judged, model)
+                refresh(evaluated, model)
                 if ranks.first:
                     metrics = validator()
                     log.validation(done, metrics)
                     if metrics["score"] > best["score"]:
                         best = {"score": metrics["score"], "step": done}
-                        judged.save_pretrained(out / "model")
+                        evaluated.about = about_run(config, corpus, done, metrics)
+                        evaluated.save_pretrained(out / "model")
                 started, begun = time.perf_counter(), done
             if saving:
                 tensors = checkpoint.snapshot(model, stepper.optimizer, wanted=ranks.first)
@@ -186,7 +180,6 @@ def train(
     loader.close()
     if compiled := compilation.report():
         announce(compiled)
-    return write_report(out, config, log, validator, show_examples=show_examples)
     if stopped:
         announce(f"stopped by a signal: step {done} is saved in {out}; go on with --resume")
         return {}
