@@ -204,7 +204,9 @@ def main(name: str, seconds: float, seed: int = 0) -> int:
             counts["refused"] += 1
         except BaseException as error:
             findings += 1
-            print(f"{name} {number}: {type(error).__name__} {error}; the input is in {work}", file=sys.stderr)
+            print(
+                f"{name} {number}: {type(error).__name__} {str(error)[:300]}; the input is in {work}", file=sys.stderr
+            )
             if os.environ.get("FUZZ_TRACEBACK"):
                 raise
         if time.monotonic() - started > SLOW_S:

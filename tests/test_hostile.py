@@ -78,6 +78,7 @@ def test_the_record_is_good(record):
         ({"file": "/etc/passwd"}, "is not in the record's own folder"),
         ({"file": "..\\r.dat"}, "is not in the record's own folder"),
         ({"file": "r\0.dat"}, "is not in the record's own folder|unreadable header"),
+        ({"file": "r" * 300}, "has a name too long"),
         ({"file": "\udcff\udcfe.dat"}, "missing signal file"),
         ({"signal": "{file} 16 200(0)/mV 16 0 0 {sum} 0 V1\0"}, "duplicate lead|missing leads|unreadable header"),
     ],
@@ -289,8 +290,17 @@ def test_safetensors_that_lie(tmp_path):
     for content in (b"\xff" * 8 + b"{}", struct.pack("<Q", 1 << 40), b"", struct.pack("<Q", 9) + b'{"a":[[[['):
         (tmp_path / "model.safetensors").write_bytes(content)
         (tmp_path / "config.json").write_text("{}")
-        with pytest.raises(ValueError, match="cannot be read"):
+        with pytest.raises(ValueError, match=r"cannot be read|is an empty file"):
             DBeta.from_pretrained(tmp_path)
+
+
+def test_a_model_folder_never_asks_the_hub(tmp_path):
+    DBeta(SMALL).save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["model"]["text_encoder"] = "somebody/something"
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="has no folder text_encoder"):
+        DBeta.from_pretrained(tmp_path)
 
 
 # --- fuzzing -------------------------------------------------------------------------------------------------------

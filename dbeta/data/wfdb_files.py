@@ -149,6 +149,8 @@ def _signal(line: str) -> Signal:
     if fields is None:
         raise ValueError(f"unreadable header: signal line {line[:60]!r}")
     file, units = fields["file"], (fields["units"] or "mV").lower()
+    if len(file.encode()) > 200:
+        raise ValueError(f"unreadable header: signal file {file[:60]!r}... has a name too long to be one")
     if file in ("~", "-", ".", "..") or "/" in file or "\\" in file or "\0" in file:
         raise ValueError(f"unreadable header: signal file {file[:60]!r} is not in the record's own folder")
     if units not in PER_MV:

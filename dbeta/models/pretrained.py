@@ -84,6 +84,8 @@ def load(source: str | Path, runtime: RuntimeConfig | None = None, *, tokenizer:
     config: ModelConfig = Config.from_dict({"model": described.get("model")}).model
     if (folder / "text_encoder").is_dir():
         config = dataclasses.replace(config, text_encoder=str(folder / "text_encoder"))
+    elif config.text_encoder != "flan-t5":  # never asked of the hub because a file says so
+        raise ValueError(f"model {folder} has no folder text_encoder, which its config.json calls for; save it again")
     cleaning, about = described.get("report_cleaning", "paper"), described.get("about")
     model = _empty(config, runtime, report_cleaning=cleaning, about=about)
     check_shapes(weights, model.state_dict(), f"model {folder}")
