@@ -13,17 +13,17 @@ from dbeta.config import RuntimeConfig
 SHAPES = 64  # graphs of one function; 7 text buckets with a few totals of tokens each
 
 
-def compiled(function: Callable, config: RuntimeConfig, device: torch.device, *, whole: bool = True) -> Callable:
+def compiled(function: Callable, config: RuntimeConfig, device: torch.device, *, alone: bool = True) -> Callable:
     """``function`` compiled, or as it is where ``runtime.compile`` is off.
 
     Args:
-        whole: a graph break is an error.
+        alone: one process trains; a graph break is then an error, while messages between ranks part the graph.
     """
     if not config.compile:
         return function
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-    graphs = uses_graphs(config, device)
-    graph = torch.compile(function, fullgraph=whole, dynamic=False, mode="reduce-overhead" if graphs else None)
+    graphs = uses_graphs(config, device, alone=alone)
+    graph = torch.compile(function, fullgraph=alone, dynamic=False, mode="reduce-overhead" if graphs else None)
     if not graphs:
         return graph
 
@@ -34,9 +34,9 @@ def compiled(function: Callable, config: RuntimeConfig, device: torch.device, *,
     return step
 
 
-def uses_graphs(config: RuntimeConfig, device: torch.device) -> bool:
+def uses_graphs(config: RuntimeConfig, device: torch.device, *, alone: bool = True) -> bool:
     """Whether the compiled step is replayed as a CUDA graph: the kernels of a step then cost one launch."""
-    return config.compile and config.cuda_graphs and device.type == "cuda"
+    return config.compile and config.cuda_graphs and alone and device.type == "cuda"
 
 
 def report() -> str:

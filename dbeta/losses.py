@@ -44,30 +44,38 @@ def pretraining_losses(
 ) -> Losses:
     """One forward pass and its losses; weights of ``config`` multiply the terms of the total.
 
+    Under the exact removals a head whose loss weighs 0 is not computed: the loss is then 0, and its parameters get no
+    gradient.
+
     Args:
         batch: the rows of this rank.
         pairs: the ETS loss; another one where it knows more than this batch (``ets.CachedEts``).
     """
     kernels = model.runtime.kernels
+    predicts, reconstructs = heads(model, config)
     out = model(
-        batch.ecg, batch.text_ids, batch.text_mask,
-        noise=batch.noise, mlm_positions=batch.mlm_positions, text_tokens=batch.text_tokens,
+        batch.ecg, batch.text_ids, batch.text_mask, noise=batch.noise, text_tokens=batch.text_tokens,
+        mlm_positions=batch.mlm_positions if predicts else None, reconstruct=reconstructs,
     )  # fmt: skip
     match = _wide(out.etm_logits)
     aligned = batch.aligned.to(match.dtype)
 
     # MLM, Eq. 1: cross-entropy of the words hidden from the text encoder
-    labels = _mlm_labels(batch, config, everywhere=not model.runtime.removals)
-    logits = _wide(model.mlm_head.vocabulary(out.mlm_hidden))
-    hidden = labels != -100
-    mlm = F.cross_entropy(logits, labels, reduction="sum") / ranks.mean(hidden.sum()).clamp(min=1 / ranks.world)
+    mlm = mlm_correct = mlm_count = mem = match.new_zeros(())
+    if predicts:
+        labels = _mlm_labels(batch, config, everywhere=not model.runtime.removals)
+        logits = _wide(model.mlm_head.vocabulary(out.mlm_hidden))
+        hidden = labels != -100
+        mlm = F.cross_entropy(logits, labels, reduction="sum") / ranks.mean(hidden.sum()).clamp(min=1 / ranks.world)
+        mlm_correct, mlm_count = ((logits.detach().argmax(-1) == labels) & hidden).sum().float(), hidden.sum().float()
 
     # MEM, Eq. 2: squared error of the hidden patches of the (unmasked) signal
-    mem = mem_loss(
-        out.mem_prediction, batch.signal, out.mem_patches, batch.mean, batch.rstd,
-        gain=batch.gain, baseline=batch.baseline, patch=model.config.patch, backend=kernels,
-        rows_weight=aligned if config.reconstruct_rows == "matched" else None,
-    )  # fmt: skip
+    if reconstructs:
+        mem = mem_loss(
+            out.mem_prediction, batch.signal, out.mem_patches, batch.mean, batch.rstd,
+            gain=batch.gain, baseline=batch.baseline, patch=model.config.patch, backend=kernels,
+            rows_weight=aligned if config.reconstruct_rows == "matched" else None,
+        )  # fmt: skip
     if config.reconstruct_rows == "matched" and ranks.world > 1:  # the mean of a rank counts by its matched rows
         mem = mem * (aligned.sum() / ranks.mean(aligned.sum()).clamp(min=1 / ranks.world))
 
@@ -89,8 +97,8 @@ def pretraining_losses(
         total=config.mlm * mlm + config.mem * mem + config.etm * etm + config.ets * ets,
         mlm=mlm, mem=mem, etm=etm, ets=ets,
         etm_correct=(judged == batch.aligned).sum().float() * ranks.world,
-        mlm_correct=((logits.detach().argmax(-1) == labels) & hidden).sum().float() * ranks.world,
-        mlm_count=hidden.sum().float() * ranks.world,
+        mlm_correct=mlm_correct * ranks.world,
+        mlm_count=mlm_count * ranks.world,
     )  # fmt: skip
 
 
@@ -101,12 +109,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config, self.ranks = model, config, ranks
         # messages between ranks part the graph
-        self.losses = compilation.compiled(pretraining_losses, runtime, device, whole=ranks.world == 1)
+        self.losses = compilation.compiled(pretraining_losses, runtime, device, alone=ranks.world == 1)
 
     @property
     def unused_parameters(self) -> bool:
-        """Encoders of transformers may have a pooler, which we do not read."""
-        return self.model.config.text_encoder != "flan-t5"
+        """Encoders of transformers may have a pooler, which we do not read; a loss of weight 0 leaves out its head."""
+        return self.model.config.text_encoder != "flan-t5" or not all(heads(self.model, self.config))
 
     def blocks(self) -> list[nn.Module]:
         """The layers that are only ever called as a whole; T5's first also lends its relative bias."""
@@ -128,6 +136,12 @@ class Objective(nn.Module):
         if pairs is ring_ets_loss:
             return self.losses(self.model, batch, self.config, self.ranks)
         return pretraining_losses(self.model, batch, self.config, self.ranks, pairs)
+
+
+def heads(model: DBeta, config: LossConfig) -> tuple[bool, bool]:
+    """Whether the MLM and the MEM head are computed."""
+    dense = not model.runtime.removals
+    return dense or config.mlm != 0, dense or config.mem != 0
 
 
 def _mlm_labels(batch: Batch, config: LossConfig, *, everywhere: bool) -> Tensor:

@@ -47,7 +47,8 @@ class Stepper:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config.optim)
         # Under CUDA graphs a gradient lies where the next micro-batch writes: they add up in tensors that stay.
-        self.keep_gradients = config.train.accumulate > 1 and compilation.uses_graphs(config.runtime, device)
+        graphs = compilation.uses_graphs(config.runtime, device, alone=ranks.world == 1)
+        self.keep_gradients = config.train.accumulate > 1 and graphs
         for parameter in self.parameters if self.keep_gradients else ():
             parameter.grad = torch.zeros_like(parameter)
         self.counters = Counters(config, device, ranks)

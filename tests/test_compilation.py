@@ -59,6 +59,7 @@ def test_a_graph_break_is_an_error(compile_quickly):
 )
 def test_where_graphs_are_used(config, device, used):
     assert compilation.uses_graphs(config, torch.device(device)) == used
+    assert not compilation.uses_graphs(config, torch.device(device), alone=False)
 
 
 def shapes(name: str, batch: int = 128, steps: int = 60):

@@ -8,12 +8,14 @@ import importlib, sys
 
 absent = {"wfdb", "faiss", "nvidia", "flash_attn", "scipy", "sklearn", "h5py", "matplotlib"}
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in absent:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Absent())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in absent else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 for name in sys.argv[1:]:
     importlib.import_module(name)
 """

@@ -4,11 +4,11 @@
     python tools/gpu_session.py --out OUT --only step training --limit 580
     python tools/gpu_session.py --out OUT --rehearse    the same on a CPU at toy sizes, to see that it runs
 
-Needs torch, triton, transformers, numpy, pytest and what dbeta itself imports (click, rich, pyarrow, scipy, tensorboard,
-matplotlib); nothing is installed or fetched, and DALI, FAISS and flash-attn are used where they are there. Every part
-is a process of its own with its own time limit, to which comes what earlier parts left; it writes what it has as it
-goes, so neither a crash nor a limit loses what was measured. ``OUT/session.json`` holds all parts, ``OUT/NAME.log``
-what each printed; the last lines printed are a short table.
+Needs torch, triton, transformers, numpy, pytest and what dbeta itself imports (click, rich, pyarrow, scipy,
+scikit-learn, tensorboard, matplotlib); nothing is installed or fetched, and DALI, FAISS and flash-attn are used where
+they are there. Every part is a process of its own with its own time limit, to which comes what earlier parts left; it
+writes what it has as it goes, so neither a crash nor a limit loses what was measured. ``OUT/session.json`` holds all
+parts, ``OUT/NAME.log`` what each printed; the last lines printed are a short table.
 """
 
 import argparse

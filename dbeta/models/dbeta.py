@@ -120,6 +120,7 @@ class DBeta(Inference, nn.Module):
         noise: Tensor | None = None,
         mlm_positions: Tensor | None = None,
         text_tokens: int | None = None,
+        reconstruct: bool = True,
     ) -> Outputs:
         """Both encoders, the fusion and the heads.
 
@@ -136,6 +137,7 @@ class DBeta(Inference, nn.Module):
             mlm_positions: int64 [M], cells b*T+t whose MLM hidden states are wanted; None: no MLM under removals.
             text_tokens: a host number, at least that of tokens in ``text_mask``: under removals text is packed into
                 that many rows. None: the grid is kept.
+            reconstruct: predict the masked patches.
         """
         removals = self.runtime.removals
         keep = restore = masked = None
@@ -174,6 +176,7 @@ class DBeta(Inference, nn.Module):
             outputs.mlm_hidden = self.mlm_head(text_rows[len(first) :])
         if noise is not None:
             outputs.mem_patches = masked
+        if noise is not None and reconstruct:
             outputs.mem_prediction = self.mem_head(fused.tap_ecg, restore, masked, pruned=removals)
         return outputs
 

@@ -7,6 +7,7 @@ import torch
 
 from dbeta.config import LossConfig, ModelConfig, RuntimeConfig
 from dbeta.losses import Losses, pretraining_losses
+from dbeta.models.heads import MemHead, MlmHead
 from tests.models.small import LENGTHS, SMALL, TOKENS, batch_of, network
 
 DENSE = RuntimeConfig(removals=False, kernels="reference", attention="reference")
@@ -59,6 +60,26 @@ def test_every_switch(network_change, loss_change):
     lengths = (9, 1, 40)
     expected = losses_and_gradients(config, DENSE, loss, lengths=lengths)
     assert_same(losses_and_gradients(config, RuntimeConfig(), loss, lengths=lengths, text_tokens=50), expected)
+
+
+@pytest.mark.parametrize("weights", [{"mlm": 0.0}, {"mem": 0.0}, {"mlm": 0.0, "mem": 0.0}], ids=str)
+def test_a_loss_of_weight_zero_leaves_out_its_head(weights, monkeypatch):
+    """The ablations of Table 6: the rest is the dense computation's, and the head is not called."""
+    loss = LossConfig(**weights)
+    expected = losses_and_gradients(SMALL, DENSE, loss)
+    called = []
+    for name, head in (("mlm", MlmHead), ("mem", MemHead)):
+        forward = head.forward
+        monkeypatch.setattr(head, "forward", lambda *a, n=name, f=forward, **k: called.append(n) or f(*a, **k))
+    found = losses_and_gradients(SMALL, RuntimeConfig(), loss, text_tokens=TOKENS)
+    assert {"mlm", "mem"} - set(called) == set(weights)
+    for name in {"total", "mlm", "mem", "etm", "ets"} - set(weights):
+        torch.testing.assert_close(getattr(found[0], name), getattr(expected[0], name), rtol=0, atol=1e-10, msg=name)
+    for name, gradient in expected[1].items():
+        if name.partition("_head")[0] in weights:
+            assert found[1][name] is None and not gradient.any(), name
+        else:
+            torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-10, msg=name)
 
 
 def test_training_curves_agree():
