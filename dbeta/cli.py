@@ -168,10 +168,17 @@ def ask(model, paths, prompts, out, tokenizer, column, lengths, batch, workers, 
         write_csv(out, ("record", *texts), rows)
         click.echo(f"{out}: {len(rows):,} records, {len(texts)} descriptions", err=True)
     else:
-        from rich.console import Console
-
-        Console().print(show(("record", *texts), rows))
+        _print(show(("record", *texts), rows))
     _failed(failures)
+
+
+def _print(table):
+    """A table to standard output, in full width where that is not a terminal."""
+    import sys
+
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def _failed(failures):
@@ -193,15 +200,13 @@ def doctor(path, checksums, splits, against, out, limit):
     """What is in a folder of records or a corpus; exit code 1 where something would be rejected."""
     import json
 
-    from rich.console import Console
-
     from dbeta.files import write_whole
     from dbeta.use.doctor import examine, show
 
     survey = examine(path, checksums=checksums, splits=splits, against=against, limit=limit)
     if out:
         write_whole(out, json.dumps(survey.to_dict(), indent=1))
-    Console().print(show(survey))
+    _print(show(survey))
     if not survey.sound:
         raise click.exceptions.Exit(1)
 

@@ -130,7 +130,7 @@ def _enter_raw(survey: Survey, name: str, kind: str, raw: Raw, texts: list[str])
     standard = [lead.upper() for lead in LEADS]
     order = "canonical" if given == standard else " ".join(raw.names)
     survey.leads[order] += 1
-    if order != "canonical" and given[:12] != standard:
+    if (places := [standard.index(lead) for lead in given if lead in standard]) != sorted(places):
         survey.noticed["leads put in order by name"].append(f"{name}: {order}")
     for line in raw.comments:
         key, colon, value = line.partition(":")

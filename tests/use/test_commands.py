@@ -121,7 +121,9 @@ def test_ask(mixed, folder, model, tmp_path):
     )
     np.testing.assert_allclose([[float(r["AF"]), float(r["normal"])] for r in rows], expected, rtol=1e-4, atol=1e-4)
     shown = run("ask", folder, mixed / "deep", "--prompts", prompts)
-    assert any("SPH00001" in line and f"{float(rows[-1]['AF']):.3f}" in line for line in shown.splitlines())
+    for row in rows:
+        name = row["record"].rpartition("/")[2]
+        assert any(line.split()[:2] == [name, f"{float(row['AF']):.3f}"] for line in shown.splitlines()), name
     for wrong in ('["a"]', '{"AF": ""}', '{"AF": 3}', "{"):
         prompts.write_text(wrong)
         assert "--prompts" in run("ask", folder, mixed / "deep", "--prompts", prompts, code=2)
