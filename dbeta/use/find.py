@@ -43,8 +43,10 @@ def _expand(path: str, column: str) -> Iterator[str]:
         matches = [Path(match) for match in sorted(glob.glob(path, recursive=True))]
         for match in matches:
             yield from _search(match) if match.is_dir() else _named(match) if _telling(match) else ()
-    else:
+    elif file.exists() or Path(f"{path}.hea").is_file() or Path(path.rpartition("#")[0]).is_file():
         yield from _named(file)
+    else:
+        raise ValueError(f"{path} is not there; give records, folders, globs or tables of paths")
 
 
 def _search(folder: Path) -> Iterator[str]:

@@ -104,6 +104,9 @@ def test_finding(mixed, tmp_path):
     assert len(find_records([mixed / "list.txt", mixed / "table.csv"])) == 2
     with pytest.raises(ValueError, match=r"has no column name; it has id, path; choose one with --column"):
         find_records([mixed / "table.csv"], "name")
+    assert find_records([mixed / "lonely"]) == [str(mixed / "lonely")]
+    with pytest.raises(ValueError, match="nowhere is not there"):
+        find_records([mixed / "deep", mixed / "nowhere"])
     with pytest.raises(ValueError, match="no record in"):
         find_records([f"{tmp_path}/*.hea"])
 

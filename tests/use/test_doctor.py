@@ -102,7 +102,7 @@ def test_published_splits_are_audited(shared):
 def test_wrong_options(shared, tmp_path):
     assert "is no corpus" in run(shared / "data/sph", "--checksums").output
     outcome = run(tmp_path / "nothing")
-    assert outcome.exit_code == 1 or "no record" in outcome.output
+    assert outcome.exit_code == 2 and "nothing is not there" in outcome.output
 
 
 def test_text_statistics_show_no_text():
