@@ -161,14 +161,14 @@ def train(
                 log.train(done, stepper.counters.drain() | {"lr": rate}, records_per_s)
                 started, begun = time.perf_counter(), done
             if done % config.train.eval_every == 0 or last:
-                refresh(judged, model)
+                refresh(evaluated, model)
                 if ranks.first:
                     metrics = validator()
                     log.validation(done, metrics)
                     if metrics["score"] > best["score"]:
                         best = {"score": metrics["score"], "step": done}
-                        judged.about = about_run(config, corpus, done, metrics)
-                        judged.save_pretrained(out / "model")
+                        evaluated.about = about_run(config, corpus, done, metrics)
+                        evaluated.save_pretrained(out / "model")
                 started, begun = time.perf_counter(), done
             if saving:
                 tensors = checkpoint.snapshot(model, stepper.optimizer, wanted=ranks.first)
