@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -330,6 +331,7 @@ def test_the_fuzzer_finds_what_is_wrong(monkeypatch, tmp_path):
     from tests import fuzz as module
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     monkeypatch.setattr(module, "SLOW_S", 0.05)
     import time

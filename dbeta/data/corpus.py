@@ -201,6 +201,9 @@ class Corpus:
 
     def _read(self, file: str, column: str) -> pa.Array:
         try:
-            return pq.read_table(self.path / file, columns=[column])[column].combine_chunks()
-        except (pa.ArrowException, OSError) as error:
+            values = pq.read_table(self.path / file, columns=[column])[column].combine_chunks()
+        except (pa.ArrowException, OSError, KeyError) as error:
             raise ValueError(f"{self.path / file} is damaged ({error}); prepare the corpus again") from None
+        if len(values) != self.info[file.removesuffix(".parquet")]:
+            raise ValueError(f"{self.path / file} is damaged ({len(values)} values of {column}); prepare it again")
+        return values

@@ -38,7 +38,10 @@ def load_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarra
     try:
         _check_members(path)
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}, json.loads(bytes(file["metadata"]))
+            metadata = json.loads(bytes(file["metadata"]))
+            if not isinstance(metadata, dict):
+                raise ValueError("its metadata is no object")
+            return {name: file[name] for name in names}, metadata
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile raises whatever a damaged file provokes

@@ -72,7 +72,7 @@ def load(source: str | Path, runtime: RuntimeConfig | None = None, *, tokenizer:
     try:
         described = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"model {folder} cannot be read: {error}") from None
     if not isinstance(described, dict) or described.get("format") != "dbeta-model":
         raise ValueError(
