@@ -27,6 +27,12 @@ from dbeta.files import file_digest
 FORMAT, VERSION = "dbeta-corpus", 1
 SPLITS = ("train", "validation", "test")
 INFO = {"source": str, "version": int, "records": int, "reports": int, "labels": list, "shards": list, "files": dict}
+TYPES = {
+    **dict.fromkeys(("name", "subject", "split", "dtype", "sha256", "text"), "string"), "labels": "list<string>",
+    **dict.fromkeys(("report", "samples", "shard"), "int32"), "record": "int64", "offset": "int64", "count": "int64",
+    "rate_hz": "double", "gain": "list<double>", "baseline": "list<int32>", "present": "list<bool>",
+    "flat": "list<bool>",
+}  # fmt: skip
 BUILDING = "parts"  # folder of an unfinished preparation
 _MAKE = "make one with: dbeta prepare SOURCE ROOT --out CORPUS"
 
@@ -204,6 +210,7 @@ class Corpus:
             values = pq.read_table(self.path / file, columns=[column])[column].combine_chunks()
         except (pa.ArrowException, OSError, KeyError) as error:
             raise ValueError(f"{self.path / file} is damaged ({error}); prepare the corpus again") from None
-        if len(values) != self.info[file.removesuffix(".parquet")]:
-            raise ValueError(f"{self.path / file} is damaged ({len(values)} values of {column}); prepare it again")
+        kind, count = re.sub(r"<\w+: ", "<", str(values.type)), len(values)
+        if count != self.info[file.removesuffix(".parquet")] or kind != TYPES[column] or values.null_count:
+            raise ValueError(f"{self.path / file} is damaged ({column}: {count} of {kind}); prepare the corpus again")
         return values

@@ -119,13 +119,23 @@ class TokenTable:
         return torch.where(mask, self.ids[place].long(), self.pad), mask
 
 
+def _sound(arrays: dict[str, np.ndarray], reports: int, vocabulary: int) -> bool:
+    """Whether a stored table has a row for each report and only ids of the tokenizer; else it is made again."""
+    ids, offsets = arrays["ids"], arrays["offsets"]
+    return (
+        (ids.dtype, offsets.dtype, offsets.shape) == (np.int32, np.int64, (reports + 1,))
+        and ids.ndim == 1 and offsets[0] == 0 and offsets[-1] == len(ids)
+        and bool((np.diff(offsets) >= 0).all() and (ids >= 0).all() and (ids < vocabulary).all())
+    )  # fmt: skip
+
+
 def token_table(corpus: Reports, tokenizer: Tokenizer) -> TokenTable:
     """The token table of a corpus: read from its folder, or made and kept there (``tokens-<tokenizer>.npz``)."""
     path = Path(corpus.path) / f"tokens-{tokenizer.fingerprint}.npz"
     made_of = {"reports": digest(corpus.reports)}
     if path.exists():
         arrays, metadata = load_arrays(path, ("ids", "offsets"))
-        if metadata == made_of:
+        if metadata == made_of and _sound(arrays, len(corpus.reports), tokenizer.vocab_size):
             return TokenTable(torch.from_numpy(arrays["ids"]), torch.from_numpy(arrays["offsets"]), tokenizer.pad)
     table = TokenTable.build(corpus.reports, tokenizer)
     try:

@@ -127,11 +127,11 @@ def _find(spec: str | Path) -> tuple[tokenizers.Tokenizer, dict]:
 
 def _assemble(backend: tokenizers.Tokenizer, names: dict, max_tokens: int, what: str) -> Tokenizer:
     def token_id(*candidates: str | None) -> int | None:
-        return next((i for c in candidates if c is not None and (i := backend.token_to_id(c)) is not None), None)
+        return next((i for c in candidates if isinstance(c, str) and (i := backend.token_to_id(c)) is not None), None)
 
     def named(key: str) -> str | None:
-        value = names.get(key)
-        return value["content"] if isinstance(value, dict) else value
+        value = names.get(key) if isinstance(names, dict) else None
+        return value.get("content") if isinstance(value, dict) else value
 
     ids = {
         "pad": token_id(named("pad_token"), "<pad>", "[PAD]"),
