@@ -52,7 +52,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with the tokenizer's special tokens (T5: the end token), truncated, not padded."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
+        except BaseException as error:
+            if not _panicked(error):
+                raise
+            raise ValueError(
+                f"the tokenizer is damaged ({error}); delete its tokenizer.json and make it again"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -66,6 +73,11 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_tokens}
         config |= {f"{name}_token": token for name, token in names.items()}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _panicked(error: BaseException) -> bool:
+    """Whether the library met what it took for impossible; Python does not count that among its Exceptions."""
+    return type(error).__name__ == "PanicException"
 
 
 def load_tokenizer(
@@ -117,7 +129,9 @@ def _find(spec: str | Path) -> tuple[tokenizers.Tokenizer, dict]:
 
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return loaded.backend_tokenizer, loaded.special_tokens_map
-    except Exception as error:  # tokenizers raises plain Exception; transformers OSError, ValueError, ImportError
+    except BaseException as error:  # tokenizers raises plain Exception; transformers OSError, ValueError, ImportError
+        if not isinstance(error, Exception) and not _panicked(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"no tokenizer can be read from {folder} ({reason[:120]}); it needs a tokenizer.json or "
