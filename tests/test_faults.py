@@ -19,6 +19,7 @@ from dbeta import checkpoint
 from dbeta.config import Config
 from dbeta.data.corpus import Corpus
 from dbeta.data.loader import make_loader
+from dbeta.models.dbeta import DBeta
 from dbeta.trainer import train
 from tests.test_pretrain import command, corpus, metrics, run  # noqa: F401 (fixtures)
 
@@ -181,11 +182,25 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(corpus, tmp_path
     out = tmp_path / "out"
     ended(start([*command(corpus, out), *settings("train.steps=6")]))
     good = checkpoint.latest(out / "checkpoints")
-    output = ended(start(command(corpus, out, "--resume"), preexec_fn=limited_files), code=2)
+    resumed = [*command(corpus, out, "--resume"), *settings("train.eval_every=50")]
+    output = ended(start(resumed, preexec_fn=limited_files), code=2)
     assert "checkpoint at step 8 not written" in output and "the one before it is whole" in output
     assert "Traceback" not in output
     assert checkpoint.latest(out / "checkpoints") == good
     assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_a_full_disk_leaves_the_best_model(run):  # noqa: F811
+    before = (run / "model" / "model.safetensors").read_bytes()
+    model, limits = DBeta.from_pretrained(run), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model not written to .*; free some space"):
+            model.save_pretrained(run / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (run / "model" / "model.safetensors").read_bytes() == before
+    assert not list((run / "model").glob(".*"))
 
 
 def test_a_checkpoint_cut_at_a_hundred_places_is_refused(run, tmp_path, capfd):  # noqa: F811

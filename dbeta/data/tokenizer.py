@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from dbeta.data.hub import find_folder
+from dbeta.files import write_whole
 from dbeta.runtime import announce
 
 MAX_TOKENS = 254  # paper 4.1: 256 minus room for two specials; T5's end token counts among the 254 (MODEL section 11)
@@ -68,7 +69,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write the folder that ``load_tokenizer(folder)`` and transformers' AutoTokenizer read."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        write_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         names = {name: self.backend.id_to_token(getattr(self, name)) for name in ("pad", "eos", "unk", "mask")}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_tokens}
         config |= {f"{name}_token": token for name, token in names.items()}

@@ -32,11 +32,19 @@ def save(model: DBeta, folder: Path) -> None:
     """Write a model folder; each file appears whole or not at all.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the disk is full or not writable; what was in the folder is still there.
     """
+    partial = folder / ".model.safetensors.partial"
+    try:
+        _write(model, folder, partial)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"model not written to {folder}: {error}; free some space and try again") from error
+
+
+def _write(model: DBeta, folder: Path, partial: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    partial = folder / ".model.safetensors.partial"
     save_file(state, partial)
     sync_file(partial)
     put_in_place(partial, folder / "model.safetensors")
