@@ -30,7 +30,8 @@ SMOKE = ("--preset", "smoke", "--device", "cpu")
 def start(arguments: list[str], ranks: int = 1, **more) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     begin = [sys.executable] if ranks == 1 else launcher
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A lone process has the threads of the run it is compared with: sums round differently on another number.
+    environment = os.environ if ranks == 1 else {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*begin, "-m", "dbeta.pretrain", *arguments], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more,
