@@ -11,6 +11,7 @@ manifest shows if it was damaged afterwards. ``latest`` then falls back to the o
 
 import json
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -174,8 +175,14 @@ def damage(path: Path) -> str | None:
         return f"manifest unreadable: {error}"
 
 
-def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Restore model and optimiser in place; returns the rest of the state.
+def load(
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    holds: Mapping[str, type] = STATE,
+) -> dict[str, Any]:
+    """Restore model and optimiser in place; returns the rest of the state, which must hold names and types of ``holds``.
 
     Raises:
         ValueError: a tensor is missing, extra or of another shape; nothing is changed then.
@@ -186,8 +193,8 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
         state = json.loads((path / "state.json").read_text())
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
-    if not isinstance(state, dict) or [name for name, kind in STATE.items() if type(state.get(name)) is not kind]:
-        raise ValueError(f"checkpoint {path}: its state.json does not hold {', '.join(STATE)}; use another checkpoint")
+    if not isinstance(state, dict) or [name for name, kind in holds.items() if type(state.get(name)) is not kind]:
+        raise ValueError(f"checkpoint {path}: its state.json does not hold {', '.join(holds)}; use another checkpoint")
     wanted = model.state_dict()
     check_shapes(weights, wanted, f"checkpoint {path}")
     model.load_state_dict({name: placed_like(weights[name], tensor) for name, tensor in wanted.items()})

@@ -67,7 +67,7 @@ def fit(
     first, best, kept = 0, {"epoch": 0, "score": float("-inf")}, folder / "best.safetensors"
     restored = checkpoint.latest(folder) if folder.is_dir() else None
     if restored is not None and kept.is_file():
-        state = checkpoint.load(restored, network, optimizer)
+        state = checkpoint.load(restored, network, optimizer, holds={"step": int, "best": dict})
         first, best = state["step"], state["best"]
     folder.mkdir(parents=True, exist_ok=True)
     for epoch in track(range(first + 1, config.epochs + 1), what):
@@ -89,7 +89,7 @@ def fit(
             partial = kept.with_suffix(".partial")
             save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, partial)
             partial.replace(kept)
-        checkpoint.save(folder, epoch, network, optimizer, {"best": best}, keep=1)
+        checkpoint.write(folder, epoch, checkpoint.snapshot(network, optimizer), {"best": best}, keep=1)
     network.load_state_dict(load_file(kept))
     shutil.rmtree(folder)
     return best
