@@ -182,7 +182,7 @@ def load(
     *,
     holds: Mapping[str, type] = STATE,
 ) -> dict[str, Any]:
-    """Restore model and optimiser in place; returns the rest of the state, which must hold names and types of ``holds``.
+    """Restore model and optimiser in place; returns the rest of the state, checked against ``holds``.
 
     Raises:
         ValueError: a tensor is missing, extra or of another shape; nothing is changed then.
