@@ -185,7 +185,6 @@ TARGETS = {"headers": headers, "tars": tars, "configs": configs, "checkpoints": 
 
 def main(name: str, seconds: float, seed: int = 0) -> int:
     """Run a target; the number of findings."""
-    torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix=f"dbeta-fuzz-{name}-"))
     work = folder / "work"
     work.mkdir()
@@ -222,4 +221,5 @@ def main(name: str, seconds: float, seed: int = 0) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     raise SystemExit(min(main(sys.argv[1], float(sys.argv[2]), *map(int, sys.argv[3:])), 1))
