@@ -40,7 +40,7 @@ class Finding:
 
 
 def audit(corpora: Sequence["Corpus"], splits: Path | None = None, *, signals: bool = True) -> list[Finding]:
-    """Everything that this module can find; what ``dbeta doctor`` prints, one ``str(finding)`` a line.
+    """Everything that this module can find, of several corpora at once; ``dbeta doctor`` makes the same audits of one.
 
     Args:
         corpora: audited one by one, and against each other for records that they share.
@@ -61,23 +61,29 @@ def audit(corpora: Sequence["Corpus"], splits: Path | None = None, *, signals: b
 
 
 def audit_corpus(corpus: "Corpus", splits: Path | None = None) -> list[Finding]:
-    """Patients in two splits of a corpus, and counts and missing classes of the label sets that it can answer."""
-    held: dict[str, set[str]] = defaultdict(set)
-    for subject, split in zip(corpus.column("subject"), corpus.column("split")):
-        held[subject].add(split)
-    crossing = sorted(subject for subject, parts in held.items() if subject and len(parts) > 1)
-    where, found = str(corpus.path), []
-    if crossing:
-        found.append(Finding(kind="patient in two splits", where=where, detail=_listed(crossing)))
+    """Patients in two splits of a corpus; counts, such patients and missing classes of the label sets it can answer."""
+    found = shared_patients(_stored_splits(corpus), str(corpus.path))
     for labels in sets_for(corpus.source, list(corpus.labels)):
         try:
             dataset = load_dataset(labels, corpus, splits)
         except ValueError as error:
             found.append(Finding(kind="label set", where=labels.title, detail=str(error)))
             continue
-        found += [Finding(kind="counts", where=where, detail=note) for note in dataset.notes]
-        found += unmeasurable_classes(dataset.splits, labels)
+        found += [Finding(kind="counts", where=labels.title, detail=note) for note in dataset.notes]
+        found += shared_patients(dataset.splits, labels.title) + unmeasurable_classes(dataset.splits, labels)
     return found
+
+
+def _stored_splits(corpus: "Corpus") -> dict[str, Rows]:
+    """The splits that the corpus was prepared with; records of nobody known are left out."""
+    held: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name, subject, split in zip(*(corpus.column(key) for key in ("name", "subject", "split"))):
+        if subject:
+            held[str(split)].append((str(name), str(subject)))
+    return {
+        split: Rows(names=[n for n, _ in those], groups=[s for _, s in those], targets=np.zeros((len(those), 0), bool))
+        for split, those in held.items()
+    }
 
 
 def audit_splits(root: Path) -> list[Finding]:
@@ -153,10 +159,11 @@ def duplicate_signals(corpora: Iterable["Corpus"]) -> list[Finding]:
     A fingerprint is where each lead has its first maximum and minimum within 10 s at its own rate: gain, offset and
     rounding leave these alone. Records at different rates, or cut differently, are not recognised.
     """
-    return same_signals(_signals(corpora))
+    return same_signals(signals_of(corpora))
 
 
-def _signals(corpora: Iterable["Corpus"]) -> Iterator[Signal]:
+def signals_of(corpora: Iterable["Corpus"]) -> Iterator[Signal]:
+    """The signals of all records, one at a time."""
     for corpus in corpora:
         names, rates = corpus.column("name"), corpus.column("rate_hz")
         for record in track(range(len(names)), f"fingerprints of {corpus.path}"):

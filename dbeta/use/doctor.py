@@ -3,25 +3,23 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dbeta.data.corpus import BUILDING, SPLITS, Corpus
+from dbeta.data.corpus import BUILDING, Corpus
 from dbeta.data.formats import Raw
 from dbeta.data.records import LEADS, Record, canonical, limb_problem, read_raw
 from dbeta.evaluation.audits import (
     Finding,
     Signal,
+    audit_corpus,
     audit_splits,
-    duplicate_signals,
     same_signals,
-    shared_patients,
-    unmeasurable_classes,
+    signals_of,
 )
-from dbeta.evaluation.datasets import Rows, load_dataset
-from dbeta.evaluation.label_sets import sets_for
 from dbeta.runtime import track
 from dbeta.use.find import find_records
 
@@ -157,14 +155,11 @@ def _corpus(path: Path, checksums: bool, splits: Path | None, against: Sequence[
         survey.labels.update(label or ())
     survey.splits.update(map(str, corpus.column("split")))
     survey.text = text_statistics(corpus.reports, _report_counts(corpus))
-    if len(survey.splits) > 1:
-        survey.findings += shared_patients(_by_split(corpus), str(path))
-    survey.findings += _label_sets(corpus, splits)
-    found = _stored(survey, corpus, limit)
-    survey.findings += same_signals(found)
-    if against:
-        corpora = [corpus, *(Corpus.open(other) for other in against)]
-        survey.findings += [f for f in duplicate_signals(corpora) if " and " in f.where]
+    survey.findings += audit_corpus(corpus, splits)
+    others = [Corpus.open(other) for other in against]
+    found = same_signals(chain(_stored(survey, corpus, limit), signals_of(others)))
+    within = {str(other.path) for other in others} - {survey.path}  # what another corpus repeats is not asked
+    survey.findings += [finding for finding in found if finding.where not in within]
     return survey
 
 
@@ -195,29 +190,6 @@ def _stored(survey: Survey, corpus: Corpus, limit: int | None) -> Iterator[Signa
 
 def _report_counts(corpus: Corpus) -> np.ndarray:
     return np.bincount(corpus.column("report"), minlength=len(corpus.reports))
-
-
-def _by_split(corpus: Corpus) -> dict[str, Rows]:
-    names, subjects = list(corpus.column("name")), list(corpus.column("subject"))
-    found = {}
-    for split in SPLITS:
-        ids = corpus.split_ids(split)
-        groups, none = [subjects[i] for i in ids], np.zeros((len(ids), 0), bool)
-        found[split] = Rows(names=[names[i] for i in ids], groups=groups, targets=none)
-    return found
-
-
-def _label_sets(corpus: Corpus, splits: Path | None) -> list[Finding]:
-    found = []
-    for labels in sets_for(corpus.source, list(corpus.labels)):
-        try:
-            dataset = load_dataset(labels, corpus, splits)
-        except ValueError as error:
-            found.append(Finding(kind="label set cannot be evaluated", where=labels.title, detail=str(error)))
-            continue
-        found += shared_patients(dataset.splits, labels.title) + unmeasurable_classes(dataset.splits, labels)
-        found += [Finding(kind="label set", where=labels.title, detail=note) for note in dataset.notes]
-    return found
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
