@@ -47,38 +47,22 @@ def ring_ets_loss(
 
 @torch.compiler.disable
 def _ring(ecg, text, aligned, ecg_reports, text_reports, ranks, options):
-    if options["reduction"] == "mean":
-        options["blocks"] = ranks.world
-    return _RingEts.apply(ecg, text, aligned, ecg_reports, text_reports, ranks, options)
-
-
-class _RingEts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, ecg, text, aligned, ecg_reports, text_reports, ranks, options):
-        options = dict(options)
-        share = 1 / options.pop("blocks", 1)  # the mean over pairs counts the columns of every block
-        total = ecg.new_zeros((), dtype=torch.promote_types(ecg.dtype, torch.float32))
-        grad_ecg, grad_block = torch.zeros_like(ecg), torch.zeros_like(text)
-        block, reports = text.detach().contiguous(), text_reports.contiguous()
-        for hop in range(ranks.world):
-            with torch.enable_grad():
-                x, t = ecg.detach().requires_grad_(), block.requires_grad_()
-                loss = share * ets_loss(
-                    x, t, aligned, ecg_reports=ecg_reports, text_reports=reports, diagonal=hop == 0, **options
-                )
-                gradients = torch.autograd.grad(loss, (x, t))
-            total += loss.detach()
-            grad_ecg += gradients[0]
-            grad_block += gradients[1]
-            block, grad_block, reports = ranks.pass_on((block.detach(), grad_block, reports))
-        ctx.save_for_backward(grad_ecg, grad_block)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grad_ecg, grad_text = ctx.saved_tensors
-        return grad * grad_ecg, grad * grad_text, None, None, None, None, None
+    share = 1 / ranks.world if options["reduction"] == "mean" else 1  # of pairs: the columns of every block count
+    total = ecg.new_zeros((), dtype=torch.promote_types(ecg.dtype, torch.float32))
+    grad_ecg, grad_block = torch.zeros_like(ecg), torch.zeros_like(text)
+    block, reports = text.detach().contiguous(), text_reports.contiguous()
+    for hop in range(ranks.world):
+        with torch.enable_grad():
+            x, t = ecg.detach().requires_grad_(), block.requires_grad_()
+            loss = share * ets_loss(
+                x, t, aligned, ecg_reports=ecg_reports, text_reports=reports, diagonal=hop == 0, **options
+            )
+            gradients = torch.autograd.grad(loss, (x, t))
+        total += loss.detach()
+        grad_ecg += gradients[0]
+        grad_block += gradients[1]
+        block, grad_block, reports = ranks.pass_on((block.detach(), grad_block, reports))
+    return _Known.apply(ecg, text, total, grad_ecg, grad_block)
 
 
 class CachedEts:
@@ -114,6 +98,8 @@ class CachedEts:
 
 
 class _Known(torch.autograd.Function):
+    """A loss of features whose gradients are computed already."""
+
     @staticmethod
     def forward(ctx, ecg, text, loss, grad_ecg, grad_text):
         ctx.save_for_backward(grad_ecg, grad_text)

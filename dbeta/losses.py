@@ -22,7 +22,7 @@ from dbeta_kernels.mem_loss import mem_loss
 
 if TYPE_CHECKING:
     from dbeta.data.batch import Batch
-    from dbeta.models.dbeta import DBeta
+    from dbeta.models.dbeta import DBeta, Outputs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,10 +53,7 @@ def pretraining_losses(
     """
     kernels = model.runtime.kernels
     predicts, reconstructs = heads(model, config)
-    out = model(
-        batch.ecg, batch.text_ids, batch.text_mask, noise=batch.noise, text_tokens=batch.text_tokens,
-        mlm_positions=batch.mlm_positions if predicts else None, reconstruct=reconstructs,
-    )  # fmt: skip
+    out = _outputs(model, batch, config)
     match = _wide(out.etm_logits)
     aligned = batch.aligned.to(match.dtype)
 
@@ -128,10 +125,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, pairs: Callable[..., Tensor] | None = ring_ets_loss) -> Losses | tuple[Tensor, ...]:
         """The losses; without ``pairs`` the (ECG, text) features that they would be computed from, [B, D] each."""
         if pairs is None:
-            out = self.model(
-                batch.ecg, batch.text_ids, batch.text_mask,
-                noise=batch.noise, mlm_positions=batch.mlm_positions, text_tokens=batch.text_tokens,
-            )  # fmt: skip
+            out = _outputs(self.model, batch, self.config)
             return out.ecg_features, out.text_features
         if pairs is ring_ets_loss:
             return self.losses(self.model, batch, self.config, self.ranks)
@@ -142,6 +136,14 @@ def heads(model: DBeta, config: LossConfig) -> tuple[bool, bool]:
     """Whether the MLM and the MEM head are computed."""
     dense = not model.runtime.removals
     return dense or config.mlm != 0, dense or config.mem != 0
+
+
+def _outputs(model: DBeta, batch: Batch, config: LossConfig) -> Outputs:
+    predicts, reconstructs = heads(model, config)
+    return model(
+        batch.ecg, batch.text_ids, batch.text_mask, noise=batch.noise, text_tokens=batch.text_tokens,
+        mlm_positions=batch.mlm_positions if predicts else None, reconstruct=reconstructs,
+    )  # fmt: skip
 
 
 def _mlm_labels(batch: Batch, config: LossConfig, *, everywhere: bool) -> Tensor:

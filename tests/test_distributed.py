@@ -89,6 +89,14 @@ def whole_batch():
     return ecg.requires_grad_(), text.requires_grad_(), aligned, reports
 
 
+def alone(options: dict):
+    """The loss of the whole batch in one process, and its features with their gradients."""
+    ecg, text, aligned, (own, shown) = whole_batch()
+    loss = ets_loss(ecg, text, aligned, ecg_reports=own, text_reports=shown, backend="reference", **options)
+    loss.backward()
+    return loss, ecg, text
+
+
 def ring(ranks: Ranks, options: dict):
     ecg, text, aligned, (own, shown) = whole_batch()
     rows = ranks.rows(ROWS)
@@ -119,9 +127,7 @@ OPTIONS = [("batch", "negative"), ("mean", "ignore"), ("batch", "positive")]
 @pytest.mark.parametrize(("reduction", "same_report"), OPTIONS)
 def test_ring_equals_one_process(world, reduction, same_report, teams):
     options = {"reduction": reduction, "same_report": same_report}
-    ecg, text, aligned, (own, shown) = whole_batch()
-    expected = ets_loss(ecg, text, aligned, ecg_reports=own, text_reports=shown, backend="reference", **options)
-    expected.backward()
+    expected, ecg, text = alone(options)
     losses, *gradients = zip(*teams(world)(ring, options))
     torch.testing.assert_close(torch.stack(losses), expected.detach().expand(world), rtol=0, atol=1e-10)
     for got, leaf in zip(gradients, (ecg, text)):
@@ -132,9 +138,7 @@ def test_ring_equals_one_process(world, reduction, same_report, teams):
 @pytest.mark.parametrize(("reduction", "same_report"), OPTIONS)
 def test_cached_features_give_the_loss_of_the_whole_batch(world, reduction, same_report, teams):
     options = {"reduction": reduction, "same_report": same_report}
-    ecg, text, aligned, (own, shown) = whole_batch()
-    expected = ets_loss(ecg, text, aligned, ecg_reports=own, text_reports=shown, backend="reference", **options)
-    expected.backward()
+    expected, ecg, text = alone(options)
     results = [cached(Ranks(), options)] if world == 1 else teams(world)(cached, options)
     for loss, rows, d_ecg, d_text in results:
         torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-10)
