@@ -158,14 +158,14 @@ def ask(model, paths, prompts, out, tokenizer, column, lengths, batch, workers, 
     """Scores of your own descriptions for records: dot products that rank records, not probabilities."""
     from dbeta import DBeta
     from dbeta.evaluation.prompts import read_prompts
-    from dbeta.use.embed import ask, show, write_csv
+    from dbeta.use.embed import ask, show, write_table
     from dbeta.use.find import find_records
 
     texts, names = read_prompts(prompts), find_records(paths, column)
     model = DBeta.from_pretrained(model, tokenizer=tokenizer, device=device)
     rows, failures = ask(model, names, texts, lengths=lengths, batch=batch, workers=workers)
     if out:
-        write_csv(out, ("record", *texts), rows)
+        write_table(out, ("record", *texts), rows)
         click.echo(f"{out}: {len(rows):,} records, {len(texts)} descriptions", err=True)
     else:
         _print(show(("record", *texts), rows))

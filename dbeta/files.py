@@ -1,7 +1,10 @@
 """Files that are whole or absent: written aside, synced, renamed; and what tells a damaged one."""
 
+import csv
 import hashlib
+import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -36,6 +39,13 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     put_in_place(partial, path)
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """A CSV file, the same way; the first row names the columns."""
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows(rows)
+    write_whole(path, table.getvalue())
 
 
 def sync_file(path: Path) -> None:

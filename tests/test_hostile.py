@@ -258,28 +258,32 @@ def test_text_that_is_no_text(tmp_path):
 
 
 class Harmful:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/dbeta-pickle-was-run"),))
+        return (Path.touch, (self.trace,))
 
 
 def test_pickles_are_not_run(tmp_path):
-    torch.save({"model": Harmful()}, tmp_path / "released.pt")
+    harmful = Harmful(tmp_path / "pickle-was-run")
+    torch.save({"model": harmful}, tmp_path / "released.pt")
     with pytest.raises(ValueError, match="holds more than tensors and is not read, since that could run code"):
         import_checkpoint(tmp_path / "released.pt")
-    torch.save({"shared.weight": Harmful()}, tmp_path / "pytorch_model.bin")
+    torch.save({"shared.weight": harmful}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="hold more than tensors and are not read, since that could run code"):
         load_text_weights(DBeta(SMALL), str(tmp_path))
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     for name in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
-        (folder / name).write_bytes(pickle.dumps(Harmful()))
+        (folder / name).write_bytes(pickle.dumps(harmful))
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         checkpoint.latest(folder.parent)
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load(folder, DBeta(SMALL))
     with pytest.raises(ValueError, match="cannot be read"):
         DBeta.from_pretrained(_model_of(folder))
-    assert not Path("/tmp/dbeta-pickle-was-run").exists()
+    assert not harmful.trace.exists()
 
 
 def _model_of(folder: Path) -> Path:

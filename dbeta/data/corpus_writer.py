@@ -8,7 +8,6 @@
 A killed run goes on where it was: a shard with its part is whole, step 3 may be repeated, step 4 is quick.
 """
 
-import csv
 import fcntl
 import hashlib
 import json
@@ -28,7 +27,7 @@ from dbeta.data.corpus import BUILDING, FORMAT, VERSION
 from dbeta.data.pool import WorkerPool
 from dbeta.data.records import Record, Rejection
 from dbeta.data.shards import ShardWriter, number_shard
-from dbeta.files import file_digest, put_in_place, sync_file, write_whole
+from dbeta.files import file_digest, put_in_place, sync_file, write_csv, write_whole
 
 SHARD_RECORDS = 1000
 PART = pa.schema(
@@ -253,8 +252,7 @@ def _finish(plan: Plan, options: Options, out: Path, shards: int, entries: list[
     table = pa.table({"text": list(texts.numbers), "count": pa.array(texts.counts, pa.int64())})
     table = table.add_column(0, "report", pa.array(np.arange(len(table)), pa.int32()))
     _write_parquet([table], out / "reports.parquet", table.schema)
-    with (out / "rejected.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("name", "reason", "action", "detail"), *sorted(noted)])
+    write_csv(out / "rejected.csv", [("name", "reason", "action", "detail"), *sorted(noted)])
     for shard in set(range(shards)) - {int(entry["name"][:5]) for entry in entries}:
         (out / "shards" / f"{shard:05d}.tar").unlink(missing_ok=True)  # not one record of it was good
     info = {

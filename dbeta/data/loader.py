@@ -191,10 +191,9 @@ class ReferenceLoader:
         records, replaced = records.copy(), 0
         integer = self.corpus.uniform
         rows = np.empty((len(records), 12, SAMPLES), np.int16 if integer else np.float32)
-        fill = self._integers if integer else self._millivolts
         for place, record in enumerate(records.tolist()):
             try:
-                fill(record, rows[place])
+                self._fill(record, rows[place])
             except ValueError as error:
                 if not self.skip:
                     raise
@@ -209,15 +208,17 @@ class ReferenceLoader:
         return batch.pin() if self.pinned else batch
 
     def _fill_other(self, record: int, row: np.ndarray, reason: ValueError) -> int:
-        fill = self._integers if self.corpus.uniform else self._millivolts
         for other in self.order.after(record)[:TRIES].tolist():
             try:
-                fill(other, row)
+                self._fill(other, row)
             except ValueError:
                 continue
             warn(f"{reason}; record {other} takes its place (data.on_corrupt=skip)")
             return other
         raise ValueError(f"{reason}; nor can the {TRIES} records after it be read") from reason
+
+    def _fill(self, record: int, row: np.ndarray) -> None:
+        (self._integers if self.corpus.uniform else self._millivolts)(record, row)
 
     def _integers(self, record: int, row: np.ndarray) -> None:
         length = min(self.samples[record], SAMPLES)

@@ -1,9 +1,7 @@
 """Results of the evaluation: one row per figure, beside the paper's, kept so that a killed run goes on."""
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +16,7 @@ from rich.table import Table
 from dbeta.evaluation.label_sets import all_label_sets, label_set
 from dbeta.evaluation.metrics import UNKNOWN, AucTable
 from dbeta.evaluation.paper import VALUES, paper_value
-from dbeta.files import write_whole
+from dbeta.files import write_csv, write_whole
 from dbeta.runtime import announce, environment
 
 ORDER = ("zero-shot", "experts", "shift", "linear-probe", "finetune", "identify")  # of tables in a report
@@ -169,11 +167,7 @@ def write(results: Iterable[Result], out: Path, *, model: str, checksum: str) ->
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, table.getvalue())
+    write_csv(path, [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)])
 
 
 def read(out: Path) -> tuple[str, list[Result]]:

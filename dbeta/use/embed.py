@@ -4,7 +4,6 @@ Work is kept in parts beside the output until it is complete, so a killed run go
 again by the model's tensors, the options, and names, sizes and times of its files.
 """
 
-import csv
 import hashlib
 import os
 import shutil
@@ -19,7 +18,7 @@ import numpy as np
 from dbeta.data.records import LEADS, read_record
 from dbeta.data.resample import resample
 from dbeta.data.tables import load_arrays, save_arrays
-from dbeta.files import put_in_place
+from dbeta.files import put_in_place, write_csv
 from dbeta.runtime import announce, progress
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def embed(
     (_write_parquet if out.suffix == ".parquet" else _write_npz)(out, iter(parts), model.config.width)
     failures = [failure for part in parts for failure in part.failures]
     if failures:
-        write_csv(out.with_name(out.name + ".failures.csv"), ("record", "reason"), failures)
+        write_table(out.with_name(out.name + ".failures.csv"), ("record", "reason"), failures)
     shutil.rmtree(parts.folder)
     return failures
 
@@ -220,15 +219,11 @@ def ask(
     return [(name, *row) for name, row in zip(done.records, scores.tolist())], done.failures
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[tuple]) -> None:
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[tuple]) -> None:
     """A CSV file that appears whole; floats with six significant digits."""
-    partial = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    put_in_place(partial, path)
+    cells = ([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    write_csv(path, [columns, *cells])
 
 
 def show(columns: Sequence[str], rows: Sequence[tuple], most: int = 40) -> Any:

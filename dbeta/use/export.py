@@ -5,14 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dbeta.config import RuntimeConfig
-from dbeta.models.attention import resolve_backend
 from dbeta.models.dbeta import DBeta
 from dbeta.models.ecg_encoder import ConvStem, EcgEncoder, PositionalConv
 from dbeta.models.layers import Attention
 
 TOLERANCE = 1e-4  # largest difference of a feature, which lies within (-1, 1)
 KINDS = (".pt2", ".onnx")
+RECORDS = ({0: torch.export.Dim("records", min=1, max=4096)},)  # the dimension that stays free
 
 
 class EcgFeatures(nn.Module):
@@ -25,9 +24,9 @@ class EcgFeatures(nn.Module):
         self.encoder.load_state_dict(model.ecg_encoder.state_dict(), assign=True)
         for module in self.encoder.modules():
             if isinstance(module, Attention):
-                module.backend = resolve_backend("sdpa", "cpu")
+                module.backend = "sdpa"
             elif isinstance(module, ConvStem | PositionalConv):
-                module.backend = RuntimeConfig(kernels="reference").kernels
+                module.backend = "reference"
         self.projection, self.pooler = model.ecg_projection, model.ecg_pooler
         self.eval()
 
@@ -46,7 +45,8 @@ def export(model: DBeta, out: Path) -> float:
     """
     if out.suffix not in KINDS:
         raise ValueError(f"--out {out}; accepted endings: {', '.join(KINDS)}")
-    model, plain = model.cpu().float(), EcgFeatures(model.cpu().float())
+    model = model.cpu().float()
+    plain = EcgFeatures(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     run = (_torch if out.suffix == ".pt2" else _onnx)(plain, _ecg(model, 2), out)
     worst = 0.0
@@ -67,9 +67,8 @@ def _ecg(model: DBeta, batch: int) -> Tensor:
 
 
 def _torch(plain: EcgFeatures, ecg: Tensor, out: Path):
-    records = torch.export.Dim("records", min=1, max=4096)
     with torch.no_grad():
-        program = torch.export.export(plain, (ecg,), dynamic_shapes=({0: records},))
+        program = torch.export.export(plain, (ecg,), dynamic_shapes=RECORDS)
     torch.export.save(program, out)
     return torch.export.load(out).module()
 
@@ -80,10 +79,9 @@ def _onnx(plain: EcgFeatures, ecg: Tensor, out: Path):
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
         raise ImportError(f"{out} needs {error.name}: pip install dbeta[onnx], or export to .pt2") from None
-    records = torch.export.Dim("records", min=1, max=4096)
     with torch.no_grad():
         torch.onnx.export(
-            plain, (ecg,), out, input_names=["ecg"], output_names=["features"], dynamic_shapes=({0: records},),
+            plain, (ecg,), out, input_names=["ecg"], output_names=["features"], dynamic_shapes=RECORDS,
             dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
