@@ -204,9 +204,10 @@ def doctor(path, checksums, splits, against, out, limit):
     from dbeta.use.doctor import examine, show
 
     survey = examine(path, checksums=checksums, splits=splits, against=against, limit=limit)
-    if out:
-        write_whole(out, json.dumps(survey.to_dict(), indent=1))
     _print(show(survey))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, json.dumps(survey.to_dict(), indent=1))
     if not survey.sound:
         raise click.exceptions.Exit(1)
 

@@ -73,7 +73,15 @@ def _plain(name: str, summary: str) -> None:
 
 _plain("attention", "Attention back-ends on the shapes of the network.")
 _plain("loader", "Records per second of the loaders.")
-_plain("negatives", "Embedding, search and draw of N3S negatives.")
+
+
+@main.command()
+@_options
+@click.option("--reports", multiple=True, type=click.IntRange(128), help="Unique reports (may be repeated): 10000.")
+@click.option("--whole", is_flag=True, help="Also build each whole table, with its time and peak memory.")
+def negatives(out, against, device, **options) -> None:
+    """Embedding, search and draw of N3S negatives."""
+    _run(["negatives"], out, against, device, **options)
 
 
 @main.command()

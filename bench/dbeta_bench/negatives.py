@@ -36,7 +36,7 @@ WALLS = ("anterior", "inferior", "lateral")
 def run(
     *,
     device: str = "cpu",
-    reports: tuple[int, ...] = (10_000,),
+    reports: tuple[int, ...] = (),
     engines: tuple[str, ...] = ("faiss", "torch"),
     queries: int = 1024,
     whole: bool = False,
@@ -46,6 +46,7 @@ def run(
     """Rows of embed, search and draw for each number of reports, and of hubness by remedy for the first.
 
     Args:
+        reports: 10,000 where not given.
         engines: those that are not installed are left out, and said so.
         queries: reports that are searched for; the row's ``table_s`` scales their time to all reports.
         whole: also build each whole table in a process of its own, with its time and peak memory.
@@ -61,6 +62,7 @@ def run(
         rows.append({"benchmark": "negatives", "device": device, "threads": torch.get_num_threads(), **row})
         say("  ".join(f"{name} {_shown(value)}" for name, value in row.items()))
 
+    reports = reports or (10_000,)
     for count in reports:
         texts = unique_reports(count)
         start = time.perf_counter()

@@ -15,6 +15,7 @@ from dbeta.runtime import track
 
 PAPER_ENCODER = "google/flan-t5-small"  # paper 3.4, 512 dimensions
 WEIGHTS = ("model.safetensors",)
+OPTIONS = "use dbeta negatives --encoder DIR (a folder with its weights and tokenizer) or --encoder hashing"
 FEATURES = 2**18  # hashed words and word pairs; a corpus of 180,000 machine-written reports has fewer distinct ones
 
 
@@ -61,7 +62,7 @@ def encoder_embedding(
     model = load_encoder(encoder)
     device = torch.device(device)
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    table = TokenTable.build(texts, load_tokenizer(encoder))
+    table = TokenTable.build(texts, load_tokenizer(encoder, options=OPTIONS))
     if tokens_per_batch is None:
         tokens_per_batch = 65_536 if device.type == "cuda" else 4096
     return mean_token(model.to(device, torch.bfloat16 if half else torch.float32), table.to(device), tokens_per_batch)
@@ -95,17 +96,16 @@ def load_encoder(encoder: str | Path) -> torch.nn.Module:
     """
     from transformers import AutoModelForTextEncoding
 
-    options = "use dbeta negatives --encoder DIR (a folder with its weights and tokenizer) or --encoder hashing"
     try:
         folder = find_folder(encoder, WEIGHTS, (*WEIGHTS, "*.json", "spiece.model", "vocab.txt"))
     except ValueError as error:
-        raise ValueError(f"text encoder {error}; {options}") from None
+        raise ValueError(f"text encoder {error}; {OPTIONS}") from None
     try:
         with _quiet_transformers():
             model, report = AutoModelForTextEncoding.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... by what is wrong with the folder
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"no text encoder can be read from {folder} ({reason[:160]}); {options}") from None
+        raise ValueError(f"no text encoder can be read from {folder} ({reason[:160]}); {OPTIONS}") from None
     missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
     missing = {key for key in missing if "pooler" not in key}  # BERT's first-token pooler is not read here
     if missing:

@@ -5,6 +5,10 @@
 The cut-off is the lower of the two Nyquist frequencies; the window spans 16 of its zero crossings on each side (shape
 6.8, some 70 dB). Rows sum to 1; near the ends only samples that exist count and their weights are scaled to sum to 1,
 so a constant stays constant everywhere. C++ and DALI read the same table (csrc/wfdb.h).
+
+Against ``scipy.signal.resample_poly`` on real records at 100, 400 and 1000 Hz: away from the ends at most 0.013 mV
+(2e-3 of a record's range), because scipy's window spans 10 crossings; with a window like ours 0.0015 mV, because scipy
+does not normalise each phase. At the ends up to 1.6 mV, because scipy takes what lies beyond a record as 0 mV.
 """
 
 from dataclasses import dataclass

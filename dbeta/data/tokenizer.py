@@ -81,12 +81,17 @@ def _panicked(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+PRETRAINING = "use --set data.tokenizer=DIR or --set data.tokenizer=corpus"
+TRAINED = "use the one that the model was trained with: --tokenizer DIR, or from_pretrained(..., tokenizer=DIR)"
+
+
 def load_tokenizer(
     spec: str | Path,
     corpus=None,
     *,
     max_tokens: int = MAX_TOKENS,
     max_vocabulary: int | None = None,
+    options: str = "",
 ) -> Tokenizer:
     """The tokenizer that ``data.tokenizer`` names.
 
@@ -96,6 +101,7 @@ def load_tokenizer(
         corpus: needed for "corpus" only; has ``.path`` and ``.reports``.
         max_tokens: truncation, end token included.
         max_vocabulary: size of the model's embedding table, and the limit of a trained vocabulary.
+        options: what to do about one that will not do, for the message; "": what pre-training can be told.
 
     Raises:
         ValueError: it cannot be found, has no token MLM could use as mask, or has more ids than ``max_vocabulary``.
@@ -104,18 +110,18 @@ def load_tokenizer(
         if corpus is None:
             raise ValueError("data.tokenizer = 'corpus' needs a corpus (--data CORPUS); or --set data.tokenizer=DIR")
         return _trained(corpus, max_tokens, min(max_vocabulary or TRAINED_VOCABULARY, TRAINED_VOCABULARY))
-    tokenizer = _assemble(*_find(spec), max_tokens, f"tokenizer {str(spec)!r}")
+    tokenizer = _assemble(*_find(spec, options or PRETRAINING), max_tokens, f"tokenizer {str(spec)!r}")
     if max_vocabulary is not None and tokenizer.vocab_size > max_vocabulary:
+        enough = -(-tokenizer.vocab_size // 128) * 128
         raise ValueError(
             f"tokenizer {str(spec)!r} has {tokenizer.vocab_size} ids, more than model.text_vocab = {max_vocabulary}; "
-            f"use --set model.text_vocab={-(-tokenizer.vocab_size // 128) * 128} or --set data.tokenizer=corpus"
+            + (options or f"use --set model.text_vocab={enough} or --set data.tokenizer=corpus")
         )
     return tokenizer
 
 
-def _find(spec: str | Path) -> tuple[tokenizers.Tokenizer, dict]:
+def _find(spec: str | Path, options: str) -> tuple[tokenizers.Tokenizer, dict]:
     """Backend and special-token names of a directory or hub id."""
-    options = "use --set data.tokenizer=DIR or --set data.tokenizer=corpus"
     files = ("tokenizer.json", "spiece.model", "vocab.txt")
     try:
         folder = find_folder(spec, files, (*files, "*config.json"))

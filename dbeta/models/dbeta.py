@@ -203,7 +203,7 @@ def check_config(config: ModelConfig) -> None:
     """Raise a ValueError for sizes that cannot work together."""
     pairs = (("width", "ecg_heads"), ("width", "fusion_heads"), ("mem_width", "mem_heads"), ("width", "pos_groups"))
     for size, parts in pairs:
-        if getattr(config, size) % getattr(config, parts):
+        if getattr(config, parts) < 1 or getattr(config, size) % getattr(config, parts):
             raise ValueError(
                 f"model.{size} = {getattr(config, size)} is not a multiple of model.{parts} = {getattr(config, parts)}"
             )

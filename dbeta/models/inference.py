@@ -269,7 +269,9 @@ class Inference:
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Padded ids int64 and mask bool [B, T] of cleaned texts; a text of which nothing is left is the end token."""
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer; load one with from_pretrained(..., tokenizer=DIR)")
+            from dbeta.data.tokenizer import TRAINED
+
+            raise ValueError(f"this model has no tokenizer; {TRAINED}")
         from dbeta.data.reports import normalise
 
         ids = self.tokenizer.encode_batch([normalise(text, self.report_cleaning) for text in texts])

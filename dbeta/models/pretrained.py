@@ -100,9 +100,9 @@ def load(source: str | Path, runtime: RuntimeConfig | None = None, *, tokenizer:
     model.load_state_dict(weights, assign=True)
     spec = tokenizer or (str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else "")
     if spec:
-        from dbeta.data.tokenizer import load_tokenizer
+        from dbeta.data.tokenizer import TRAINED, load_tokenizer
 
-        model.tokenizer = load_tokenizer(spec, max_vocabulary=config.text_vocab)
+        model.tokenizer = load_tokenizer(spec, max_vocabulary=config.text_vocab, options=TRAINED)
     return model.eval()
 
 

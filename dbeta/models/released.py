@@ -196,9 +196,10 @@ def import_checkpoint(
     released, settings = _read(Path(path))
     if config_path is not None:
         try:
-            settings = json.loads(Path(config_path).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"released configuration {config_path} cannot be read as JSON: {error}") from None
+            text = Path(config_path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"released configuration {config_path} cannot be read: {error.strerror}") from None
+        settings = _settings(text, f"released configuration {config_path}")
     config = config_of(released, settings, etm_logits)
     with torch.device("meta"):
         model = DBeta(config, report_cleaning="released", about=IMPORTED | {"settings": {"lead order": lead_order}})
@@ -206,9 +207,9 @@ def import_checkpoint(
     model.load_state_dict(state, assign=True)
     model.eval()
     if tokenizer:
-        from dbeta.data.tokenizer import load_tokenizer
+        from dbeta.data.tokenizer import TRAINED, load_tokenizer
 
-        model.tokenizer = load_tokenizer(tokenizer, max_vocabulary=config.text_vocab)
+        model.tokenizer = load_tokenizer(tokenizer, max_vocabulary=config.text_vocab, options=TRAINED)
     if say is not None:
         for line in check_import(released, model, lead_order):
             say(line)
@@ -257,15 +258,15 @@ def check_import(released: dict[str, Tensor], model: DBeta, lead_order: str = "c
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by released name, and the settings stored with them (if any)."""
-    settings: dict[str, Any] = {}
     if problem := foreign(path):
         raise ValueError(f"checkpoint {path} {problem}")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                settings = json.loads((file.metadata() or {}).get("cfg", "{}"))
+                text = (file.metadata() or {}).get("cfg", "{}")
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         else:
+            text = "{}"
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
             for key in ("model", "state_dict"):
                 if isinstance(stored, dict) and isinstance(stored.get(key), dict):
@@ -281,7 +282,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"checkpoint {path} is not a dictionary of tensors; give the released .pt or .safetensors")
     for new, old in _NEW_NORM.items():
         stored = {name.replace(new, old): tensor for name, tensor in stored.items()}
+    settings = _settings(text, f"checkpoint {path}: its metadata cfg")
     return {name: tensor.float() for name, tensor in stored.items()}, settings
+
+
+def _settings(text: str | bytes, what: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} cannot be read as JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{what} holds a {type(settings).__name__}; an object {{setting: value}} is needed")
+    return settings
 
 
 def config_of(released: dict[str, Tensor], settings: dict[str, Any], etm_logits: int = 2) -> ModelConfig:
@@ -300,14 +312,18 @@ def config_of(released: dict[str, Tensor], settings: dict[str, Any], etm_logits:
         return len({m[1] for name in released if (m := re.match(pattern, name))})
 
     def setting(name: str, default: Any) -> Any:
-        return settings.get(name, default)
+        value = settings.get(name, default)
+        accepted = (int, float) if isinstance(default, float) else int
+        if not isinstance(value, accepted) or isinstance(value, bool):
+            raise ValueError(f"released configuration: {name} = {value!r}; a number such as {default} is needed")
+        return type(default)(value)
 
     stem = "ecg_encoder.feature_extractor.conv_layers"
     block = "language_encoder.encoder.block.0.layer"
     width = shape("class_embedding")[0]
     stem_layers = count(rf"{re.escape(stem)}\.(\d+)\.0\.weight")
     stem_width = shape(f"{stem}.0.0.weight")[0]
-    _check_stem(setting("conv_feature_layers", None), stem_width, stem_layers)
+    _check_stem(settings.get("conv_feature_layers"), stem_width, stem_layers)
     text_heads = shape(f"{block}.0.SelfAttention.relative_attention_bias.weight")[1]
     mem_width = shape("mim_head.decoder_embed.weight")[0]
     pos = shape("ecg_encoder.conv_pos.pos_conv.0.weight_v")
@@ -337,10 +353,10 @@ def config_of(released: dict[str, Tensor], settings: dict[str, Any], etm_logits:
         mem_layers=count(r"mim_head\.decoder\.resblocks\.(\d+)\."),
         mem_heads=setting("mem_decoder_num_heads", max(mem_width // 64, 1)),
         mem_ffn=shape("mim_head.decoder.resblocks.0.mlp.c_fc.weight")[0],
-        mask_ratio=float(setting("mem_prob", 0.75)),
+        mask_ratio=setting("mem_prob", 0.75),
         etm_logits=etm_logits,
-        dropout=float(setting("dropout", 0.1)),
-        attention_dropout=float(setting("attention_dropout", 0.1)),
+        dropout=setting("dropout", 0.1),
+        attention_dropout=setting("attention_dropout", 0.1),
     )
 
 
@@ -349,7 +365,7 @@ def _check_stem(text: str | None, width: int, layers: int) -> None:
     if text is None:
         return
     found: list[tuple[int, ...]] = []
-    for term in re.split(r"\s*\+\s*", text.strip()):
+    for term in re.split(r"\s*\+\s*", str(text).strip()):
         match = re.fullmatch(r"\[(.*)\]\s*(?:\*\s*(\d+))?", term)
         layer = re.findall(r"\((\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\)", match[1]) if match else []
         found += [tuple(map(int, sizes)) for sizes in layer] * int(match[2] or 1) if match else [()]

@@ -73,7 +73,11 @@ def _named(file: Path) -> Iterator[str]:
 
 
 def _rows(table: Path, column: str) -> Iterator[str]:
-    for cell in _column(table, column):
+    try:
+        cells = _column(table, column)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{table} is no table of text in UTF-8: {error}") from None
+    for cell in cells:
         name = str(cell or "").strip()
         if name:
             beside = table.parent / name
@@ -104,4 +108,4 @@ def _choose(names: Iterable[str], column: str, table: Path) -> str:
         if wanted in names:
             return wanted
     wanted = column or " or ".join(COLUMNS)
-    raise ValueError(f"{table} has no column {wanted}; it has {', '.join(names)}; choose one with --column")
+    raise ValueError(f"{table} has no column {wanted}; it has {', '.join(names) or 'none'}; choose one with --column")

@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 def test_commands_and_options():
     assert set(main.commands) == {*BENCHMARKS, "all"}
     own = {"kernels": {"compile_only", "operators"}, "step": {"workloads", "providers", "batch"}}
+    own["negatives"] = {"reports", "whole"}
     for name, command in main.commands.items():
         assert {p.name for p in command.params} == {"out", "against", "device", *own.get(name, ())}
 

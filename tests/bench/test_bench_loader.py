@@ -1,5 +1,8 @@
 """The benchmark of the loaders runs anywhere, and refuses to time an engine that is wrong."""
 
+from collections import deque
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,6 +15,21 @@ def test_rows_of_a_resampled_rate():
     rows = loader.run(rates=(250,), engines=("reference",), **QUICK)
     assert [row["engine"] for row in rows] == ["copy", "reference"]
     assert rows[0]["of_copy"] == 1 and 0 < rows[1]["records_per_s"] < rows[0]["records_per_s"]
+
+
+def test_only_what_is_read_in_its_turn_counts():
+    """Three batches lay ready when the turn began."""
+
+    class Loader:
+        ahead, taken = deque([1, 2, 3]), 0
+
+        def __next__(self):
+            self.taken += 1
+            return SimpleNamespace(records=range(64))
+
+    batches = Loader()
+    done, spent = loader._engine(batches, 0.01)
+    assert done == 64 * (batches.taken - 3) > 0 and spent >= 0.01
 
 
 @pytest.mark.slow

@@ -1,10 +1,14 @@
 """The benchmark of negatives runs anywhere, and refuses to time a search that is wrong."""
 
+import json
+
 import pytest
 import torch
+from click.testing import CliRunner
 
 from dbeta.data import farthest
 from dbeta_bench import negatives
+from dbeta_bench.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +26,16 @@ def test_rows_of_every_stage():
     assert stages == ["embed", "search", "embed", "hubness", "hubness", "hubness", "draw", "draw"]
     table, released = rows[-2:]
     assert 0 < table["us_per_negative"] < released["us_per_negative"]
+
+
+def test_the_sizes_are_those_of_the_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(negatives, "whole_table", lambda count, *_: {"stage": "whole table", "reports": count})
+    options = ["--reports", "130", "--reports", "140", "--whole", "--out", str(tmp_path / "rows.json")]
+    outcome = CliRunner().invoke(main, ["negatives", "--device", "cpu", *options])
+    assert outcome.exit_code == 0, outcome.output
+    rows = json.loads((tmp_path / "rows.json").read_text())["benchmarks"]["negatives"]
+    assert {row["reports"] for row in rows if row["stage"] == "whole table"} == {130, 140}
+    assert [row["reports"] for row in rows if row.get("encoder") == "hashing"] == [130, 140]
 
 
 def test_unique_reports_are_unique_and_repeatable():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 
@@ -20,16 +19,14 @@ from dbeta.data.prepare import prepare
 from dbeta.data.records import Record
 from dbeta.data.resample import filter_table
 from dbeta_kernels import extension
+from tests.csrc.conftest import current
 
 RATES = (100, 128, 250, 257, 360, 400, 500, 1000, 1024)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def operator():
-    if extension.find("dbeta_dali") is None and shutil.which("cmake") and shutil.which("g++"):
-        extension.build()
-    if extension.find("dbeta_dali") is None:
-        pytest.skip(f"the DALI operator is not built here (see the lines of: {extension.BUILD})")
+    current("dbeta_dali")
 
 
 def random_record(number: int, rate: float, dtype: type, seconds: float) -> Record:
@@ -182,6 +179,8 @@ def test_a_damaged_shard_is_an_error_that_names_the_record(tmp_path):
         ("cpsc2018", "cpsc2018-native"),
         ("code-15", "code15-sample"),
         ("sph", "sph"),
+        ("ptb", "ptb"),
+        ("csn", "cinc2021"),
     ],
 )
 def test_real_records(shared, tmp_path, source, folder):

@@ -76,6 +76,18 @@ def test_equal_cosines_do_not_go_to_the_same_reports(kind, engine):
     assert not np.array_equal(made.table, build_negatives(vectors, k, engine=engine, seed=4).table)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_row_is_never_its_own_negative_whatever_the_offset(engine):
+    """Local scaling may put a hub's own score below all others."""
+    vectors, offset = random_unit(40, 8), torch.zeros(40)
+    offset[::4] = -5
+    scores, found = farthest.farthest_others(vectors, torch.arange(40), 8, engine, offset=offset)
+    exact = (vectors.double() @ vectors.double().T + offset.double()).fill_diagonal_(torch.inf)
+    assert not (found == torch.arange(40)[:, None]).any()
+    torch.testing.assert_close(exact.gather(1, found), exact.sort().values[:, :8], atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores.double(), exact.gather(1, found), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("rounding", [0, 6e-7, -6e-7])
 def test_a_tie_at_the_last_place_keeps_all_that_are_strictly_farther(rounding, monkeypatch):
     """Also where the engine's products are rounded otherwise than those that break the tie."""

@@ -50,9 +50,9 @@ def test_planted_traps(ecg, tmp_path):
     missing[7, 9] = np.nan
     write(folder, "gap", missing)
     (folder / "bad.hea").write_text("bad")
-    outcome = run(folder, "--json", tmp_path / "found.json")
+    outcome = run(folder, "--json", tmp_path / "new" / "found.json")
     assert outcome.exit_code == 1 and "something would be rejected" in outcome.output
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "new" / "found.json").read_text())
     assert found["records"] == 8 and not found["sound"] and list(found["rejected"]) == ["unreadable header"]
     noticed = {reason: {line.partition(".hea")[0] for line in lines} for reason, lines in found["noticed"].items()}
     assert noticed["limb leads contradict each other"] == {"swapped"}

@@ -84,6 +84,23 @@ def test_a_killed_embed_goes_on(mixed, model, tmp_path, monkeypatch):
         np.testing.assert_allclose(file["feature"], expected, atol=1e-5)
 
 
+def test_a_part_of_other_work_is_not_taken(model, shared, tmp_path, monkeypatch):
+    """Killed before the end, and given again with another option."""
+    name, out = str(shared / "data/ptb/s0010_re.hea"), tmp_path / "features.npz"  # 38 s
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(embedding, "_write_npz", killed)
+        embedding.embed(model, [name], out, lengths="crop")
+    assert embedding.embed(model, [name], out, lengths="mean") == []
+    found = np.load(out)["feature"]
+    crop, mean = (model.encode_ecg([read_ecg(name)], lengths=how) for how in ("crop", "mean"))
+    assert not torch.allclose(crop, mean, atol=1e-4)
+    np.testing.assert_allclose(found, mean, atol=1e-5)
+
+
 def test_another_option_is_other_work(mixed):
     names = find_records([mixed / "deep"])
     keys = {embedding.part_key(f"model {lengths}", names) for lengths in ("crop", "mean")}
@@ -104,6 +121,10 @@ def test_finding(mixed, tmp_path):
     assert len(find_records([mixed / "list.txt", mixed / "table.csv"])) == 2
     with pytest.raises(ValueError, match=r"has no column name; it has id, path; choose one with --column"):
         find_records([mixed / "table.csv"], "name")
+    for name, content, words in (("e.csv", b"", "it has none; choose"), ("b.txt", b"\xff\xfe\x00", "no table of text")):
+        (mixed / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} .*{words}"):
+            find_records([mixed / name])
     assert find_records([mixed / "lonely"]) == [str(mixed / "lonely")]
     with pytest.raises(ValueError, match="nowhere is not there"):
         find_records([mixed / "deep", mixed / "nowhere"])
@@ -152,6 +173,7 @@ def test_export_to_onnx(model, tmp_path):
     assert exporting.export(model, tmp_path / "encoder.onnx") <= 1e-4
 
 
+NAME = "tiny_seedA_weights.safetensors"
 SETTINGS = '{"encoder_attention_heads": 4, "num_heads": 4, "mem_layer": 2, "mem_decoder_num_heads": 2}'
 
 # --- a released checkpoint -------------------------------------------------------------------------------------------
@@ -231,6 +253,43 @@ def test_what_is_no_checkpoint(tmp_path, capfd, name, content, message):
     said = run("import-checkpoint", tmp_path / name, "--out", tmp_path / "out", code=2)
     assert message in said and name in said and said.count("\n") == 1 and "code ran" not in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "holds a list; an object"),
+        ("{", "cannot be read as JSON"),
+        ('{"num_heads": "4"}', "num_heads = '4'; a number"),
+        ('{"mem_prob": null}', "mem_prob = None; a number"),
+        ('{"encoder_attention_heads": 0}', "model.width = 48 is not a multiple of model.ecg_heads = 0"),
+        ('{"conv_feature_layers": [16, 2]}', "conv_feature_layers = [16, 2] does not describe"),
+        (None, "m.json cannot be read: No such file"),
+    ],
+)
+def test_configurations_that_do_not_fit(parity, tmp_path, content, message):
+    """Beside the checkpoint, and in it."""
+    if content is not None:
+        (tmp_path / "m.json").write_text(content)
+        save_file(load_file(parity / NAME), tmp_path / "m.safetensors", metadata={"cfg": content})
+        said = run("import-checkpoint", tmp_path / "m.safetensors", "--out", tmp_path / "out", code=2)
+        assert message in said and said.count("\n") == 1
+    said = run("import-checkpoint", parity / NAME, "--config", tmp_path / "m.json", "--out", tmp_path / "out", code=2)
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_does_not_fit(parity, words, folder, tmp_path, shared, mixed, paths):
+    """What is said is about this command, not about pre-training."""
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"AF": "t7"}')
+    run("import-checkpoint", parity / NAME, "--out", tmp_path / "model")
+    for command in (
+        ("import-checkpoint", parity / NAME, "--tokenizer", shared / "data/t5-tokenizer", "--out", tmp_path / "out"),
+        ("ask", tmp_path / "model", paths["SPH .h5"], "--prompts", prompts),
+        ("ask", tmp_path / "model", paths["SPH .h5"], "--prompts", prompts, "--tokenizer", folder),
+    ):
+        said = run(*command, code=2)
+        assert "--tokenizer DIR" in said and "--set" not in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
