@@ -64,7 +64,7 @@ def run(
             write_corpus(_plan(records, rate), Options(source="noise"), folder / str(rate), workers=1)
             corpus = Corpus.open(folder / str(rate))
             ways: dict[tuple[str, str, int], Way] = {
-                ("copy", d, 1): partial(_copy, corpus, d) for d in {"cpu": 0, device: 1}
+                ("copy", d, 1): partial(_copy, corpus, d) for d in dict.fromkeys(("cpu", device))
             }
             if rate == RATE_HZ:
                 ways["wfdb", "cpu", 1] = partial(_wfdb_loop, stems)
