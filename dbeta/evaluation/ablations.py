@@ -39,7 +39,7 @@ GRID: dict[str, tuple[str, ...]] = {
 
 
 def commands(
-    preset: str, corpus: str, data: str, out: Path, *, splits: str | None = None, scoring: str | None = None
+    preset: str, corpus: str, data: str, out: Path, *, scoring: str | None = None, **folders: str | None
 ) -> Iterator[str]:
     """Shell lines that pre-train and evaluate the whole grid, with the paper's figures, and ours so far, as comments.
 
@@ -48,10 +48,10 @@ def commands(
         corpus: the pre-training corpus.
         data: the folder of evaluation corpora.
         out: below which the runs go.
-        splits: folder of the published splits.
         scoring: folder of the challenge's weights.
+        folders: ``splits``, the folder of the published splits, and ``patients``, PTB-XL's table.
     """
-    folders = _words("--splits", splits) if splits else ""
+    given = "".join(_words(f"--{name}", path) for name, path in folders.items() if path)
     for name, settings in GRID.items():
         yield f"# {name}: {_paper(name)}"
         if ours := _ours(name, out / name / "evaluation"):
@@ -64,7 +64,7 @@ def commands(
             more |= {"linear-probe": " --fraction 0.01", "finetune": " --sets cinc2021"}
             more["finetune"] += _words("--scoring", scoring) if scoring else ""
         for task, options in more.items():
-            yield f"dbeta evaluate {task}{_words(run)}{_words('--data', data)}{folders}{options}"
+            yield f"dbeta evaluate {task}{_words(run)}{_words('--data', data)}{given}{options}"
 
 
 def _words(*words: object) -> str:

@@ -73,7 +73,7 @@ OPTIONS = {
     ),
 }  # fmt: skip
 COMMON = ("data", "out", "untrained", "bootstrap", "device", "overrides")
-SETS = ("splits", "derive", "sets", "labels")
+SETS = ("splits", "derive", "patients", "sets", "labels")
 TASKS = {
     "zero-shot": (
         "Score each class by its description alone (Tables 3, 5, 12, 13).",
@@ -134,6 +134,7 @@ def _run(task: str) -> Any:
 @click.option("--corpus", default="CORPUS", help="The pre-training corpus.")
 @click.option("--data", default="EVALUATION_CORPORA", help="The folder of evaluation corpora.")
 @click.option("--splits", help="As in the other commands.")
+@click.option("--patients", help="As in the other commands.")
 @click.option("--scoring", help="As in the other commands.")
 @click.option("--out", type=PATH, default=Path("runs/ablations"), help="Below which the runs go.")
 def ablations(preset: str, corpus: str, data: str, out: Path, **folders: str | None) -> None:

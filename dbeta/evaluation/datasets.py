@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import re
 from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from dbeta.data.corpus import Corpus
 
 PRETRAINING = ("mimic-iv-ecg", "ptb-xl", "synthetic")  # sources whose own split tells what a model may have seen
-SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of a derived split
+SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of a derived split, where Table 9 has no proportions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +70,27 @@ def count_notes(labels: LabelSet, rows: dict[str, Sized]) -> list[str]:
     ]
 
 
-def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None, *, derive: bool = False) -> Dataset:
+def load_dataset(
+    labels: LabelSet,
+    corpus: "Corpus",
+    splits: Path | None = None,
+    *,
+    derive: bool = False,
+    patients: Path | None = None,
+) -> Dataset:
     """The records of a corpus that belong to a label set, in three splits that no patient crosses.
 
     The published split is used where ``splits`` is given and none of its parts is empty for the records present. Else,
     for a source that models are pre-trained on, the corpus's own: a record of its training part is never tested, and
-    where it has no test part half of the validation patients are. Else a split by patient. ``origin`` states which.
+    where it has no test part half of the validation patients are. Else a split by patient, in Table 9's proportions.
+    ``origin`` states which.
 
     Args:
         derive: make a split by patient whatever the source. Only for a corpus that the model never saw.
+        patients: as in ``subjects_of``.
 
     Raises:
-        ValueError: no record of the corpus belongs to the set.
+        ValueError: no record of the corpus belongs to the set, or ``patients`` is not PTB-XL's table.
     """
     notes = []
     if splits is not None and labels.splits:
@@ -94,7 +104,13 @@ def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None,
             return Dataset(labels=labels, splits=matched, origin="published", notes=tuple(notes))
         empty = ", ".join(split for split, rows in matched.items() if not len(rows))
         notes.append(f"{labels.title}: the published split is empty in {empty} here; another one by patient is used")
-    rows = _corpus_rows(labels, corpus)
+    if labels.by_substring:
+        notes.append(f"{labels.title}: the targets are the records' own codes, not the published columns")
+    if corpus.source == "cinc2021" and patients is None and any(map(_ecg_id, corpus.column("name"))):
+        notes.append(
+            f"{labels.title}: every record of PTB-XL counts as a patient; --patients ptbxl_database.csv names them"
+        )
+    rows = _corpus_rows(labels, corpus, subjects_of(corpus, patients))
     if not len(rows):
         raise ValueError(f"{corpus.path} ({corpus.source}) holds no record with a label of {labels.key}")
     if labels.counts[:2] == (0, 0) and labels.counts[2]:
@@ -102,7 +118,7 @@ def load_dataset(labels: LabelSet, corpus: "Corpus", splits: Path | None = None,
     else:
         own = [str(part) for part in corpus.column("split", rows.records)]
         seen = corpus.source in PRETRAINING and not derive
-        parts, origin = own_split(own, rows.groups) if seen else derive_split(rows.groups)
+        parts, origin = own_split(own, rows.groups) if seen else derive_split(rows.groups, labels.shares or SHARES)
     member = np.array(parts)
     parted = {split: rows.take(np.flatnonzero(member == split)) for split in SPLITS}
     if any(labels.counts) and not labels.segments:
@@ -122,8 +138,8 @@ def own_split(own: list[str], groups: list[str]) -> tuple[list[str], str]:
     return halved, "corpus, its held-out patients halved"
 
 
-def derive_split(groups: list[str], seed: int = 42) -> tuple[list[str], str]:
-    """A split for each row, and its name: 70/10/20 % of the patients by seeded hash, at least one in each.
+def derive_split(groups: list[str], shares: dict[str, float] = SHARES, *, seed: int = 42) -> tuple[list[str], str]:
+    """A split for each row, and its name: ``shares`` of the patients by seeded hash, at least one in each.
 
     Raises:
         ValueError: fewer than three patients.
@@ -131,8 +147,7 @@ def derive_split(groups: list[str], seed: int = 42) -> tuple[list[str], str]:
     patients = sorted(set(groups), key=lambda patient: _hash(patient, seed))
     if len(patients) < 3:
         raise ValueError(f"{len(patients)} patients cannot be split into train, validation and test; three are needed")
-    test = max(1, round(SHARES["test"] * len(patients)))
-    validation = max(1, round(SHARES["validation"] * len(patients)))
+    test, validation = (max(1, round(shares[part] * len(patients))) for part in ("test", "validation"))
     part = dict.fromkeys(patients, "train")
     part |= dict.fromkeys(patients[:test], "test") | dict.fromkeys(patients[test : test + validation], "validation")
     return [part[group] for group in groups], "derived by patient"
@@ -140,6 +155,34 @@ def derive_split(groups: list[str], seed: int = 42) -> tuple[list[str], str]:
 
 def _hash(patient: str, seed: int = 42) -> bytes:
     return hashlib.sha256(f"{seed} {patient}".encode()).digest()
+
+
+def subjects_of(corpus: "Corpus", patients: Path | None = None) -> list[str]:
+    """The patient of each record of a corpus.
+
+    Args:
+        patients: ``ptbxl_database.csv``; names the patients of the challenge's PTB-XL records (HR00001 is ecg_id 1),
+            whose headers do not.
+
+    Raises:
+        ValueError: ``patients`` cannot be read as that.
+    """
+    subjects = [str(subject) for subject in corpus.column("subject")]
+    if patients is None:
+        return subjects
+    try:
+        with patients.open(newline="") as file:
+            known = {int(row["ecg_id"]): row["patient_id"].removesuffix(".0") for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"--patients {patients}: {error!r}; give PTB-XL's ptbxl_database.csv") from None
+    ecg_ids = map(_ecg_id, corpus.column("name"))
+    return [f"PTB-XL {known[ecg]}" if ecg in known else subject for subject, ecg in zip(subjects, ecg_ids)]
+
+
+def _ecg_id(name: str) -> int | None:
+    """PTB-XL's number of a record of the challenge."""
+    match = re.fullmatch(r"HR(\d{5})", record_stem(name))
+    return int(match[1]) if match else None
 
 
 def record_stem(name: str) -> str:
@@ -177,14 +220,14 @@ def _match(rows: Rows, corpus: "Corpus") -> Rows:
     return rows.take(present, np.array([where[rows.names[i]] for i in present], np.int64))
 
 
-def _corpus_rows(labels: LabelSet, corpus: "Corpus") -> Rows:
+def _corpus_rows(labels: LabelSet, corpus: "Corpus", subjects: list[str]) -> Rows:
     held = [{str(label).partition("+")[0] for label in record} for record in corpus.column("labels")]  # SPH: 22+308
     targets = np.array([labels.targets_of(record) for record in held], bool).reshape(len(held), len(labels.labels))
     records = np.arange(len(held)) if labels.unlabelled == "keep" else np.flatnonzero(targets.any(1))
-    names, subjects = list(corpus.column("name")), list(corpus.column("subject"))
+    names = list(corpus.column("name"))
     return Rows(
         names=[str(names[i]) for i in records],
-        groups=[str(subjects[i]) for i in records],
+        groups=[subjects[i] for i in records],
         targets=targets[records],
         records=records.astype(np.int64),
     )

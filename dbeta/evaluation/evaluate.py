@@ -49,7 +49,7 @@ class Options:
     fractions: tuple[float, ...] = FRACTIONS
     seeds: tuple[int, ...] = SEEDS
     scoring: Path | None = None  # folder with the challenge's weights.csv
-    patients: Path | None = None  # ptbxl_database.csv, for identification on the challenge's records
+    patients: Path | None = None  # ptbxl_database.csv: who the challenge's PTB-XL records are of
     annotations: Path | None = None  # CODE-test's annotations, for the human readers of Table 5
     epochs: int | None = None  # of probe, fine-tuning and identification; None: the paper's
     lr: float | None = None  # of fine-tuning and identification; None: the paper's, which suit the full-size network
@@ -103,7 +103,10 @@ class Evaluation:
         """Loaded once, with its notes said once."""
         key = labels.key, corpus.source
         if key not in self.loaded:
-            self.loaded[key] = load_dataset(labels, corpus, self.options.splits, derive=self.options.derive)
+            options = self.options
+            self.loaded[key] = load_dataset(
+                labels, corpus, options.splits, derive=options.derive, patients=options.patients
+            )
             for note in self.loaded[key].notes:
                 announce(note)
         return self.loaded[key]
@@ -114,17 +117,18 @@ class Evaluation:
         return self.units.get(name, whole, work)
 
     def key(self, corpus: "Corpus", dataset: Dataset) -> dict[str, Any]:
-        """What identifies a data set: the corpus and the records and targets of each split."""
+        """What identifies a data set: the corpus and the records, targets and patients of each split."""
         digest = hashlib.sha256(repr(dataset.labels).encode())
         for rows in dataset.splits.values():
             digest.update(rows.records.tobytes())
             digest.update(rows.targets.tobytes())
+            digest.update(repr(rows.groups).encode())
         return {"corpus": corpus_checksum(corpus), "dataset": digest.hexdigest()}
 
     def fields(self, task: str, dataset: Dataset, **more: Any) -> dict[str, Any]:
         """The columns of a result that describe its case."""
         test = len(dataset.splits["test"])
-        few = f"only {test} test records" if test < FEW else ""
+        few = f"only {test} test record{'s' * (test != 1)}" if test < FEW else ""
         note = "; ".join(part for part in (self.warning, few) if part)
         labels = dataset.labels
         described = {"task": task, "dataset": labels.key, "title": labels.title, "records": test}
@@ -196,7 +200,8 @@ def _run(evaluation: Evaluation, chosen: tuple[str, ...]) -> list[Result]:
                 raise
             problems.append(f"{name}: {error}")
     if not found:
-        reason = "; ".join(problems) or f"no label set for {', '.join(evaluation.corpora)}"
+        kind = "label set" if "zero-shot" in chosen else "label set with records to train on"
+        reason = "; ".join(problems) or f"no {kind} for {', '.join(evaluation.corpora)}"
         raise ValueError(f"nothing to evaluate for {', '.join(chosen)}: {reason}; see dbeta prepare, --sets and --data")
     for problem in problems:
         announce(f"not run: {problem}")

@@ -155,8 +155,10 @@ def draw_roc(scores: np.ndarray, targets: np.ndarray, table: "AucTable", *, titl
         label = f"{name}  {table.per_class[name]:.3f}  ({table.positives[name]})"
         axis.plot(run, rise, linewidth=1.2, color=colormaps["turbo"](place / max(len(ranked), 1)), label=label)
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1))
+    measured = f"over {len(ranked)} of {len(names)} classes"
     axis.set_title(
-        f"{title}: macro AUC {table.macro:.3f} [{table.interval[0]:.3f}, {table.interval[1]:.3f}]", fontsize=10
+        f"{title}: macro AUC {table.macro:.3f} [{table.interval[0]:.3f}, {table.interval[1]:.3f}] {measured}",
+        fontsize=9,
     )
     if ranked:
         figure.legend(loc="outside right upper", fontsize=7, ncols=1 + len(ranked) // 24, frameon=False,
@@ -178,14 +180,21 @@ def draw_results(results: "Sequence[Result]") -> "Figure":
         if result.paper is not None:
             axis.plot(100 * result.paper[1], row, "D", color="none", markeredgecolor=RED, markersize=5)
     axis.plot([], [], "D", color="none", markeredgecolor=RED, markersize=5, label="paper")
-    names = [f"{r.task}  {r.title}  {r.leads}" + (f"  {100 * r.fraction:g} %" if r.fraction else "") for r in shown]
-    axis.set_yticks(range(len(shown)), names, fontsize=7)
-    axis.invert_yaxis()
+    axis.set_yticks(range(len(shown)), map(_row_name, shown), fontsize=7)
+    axis.set_ylim(len(shown) - 0.4, -0.6)
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("per cent (macro AUC, CinC 2021 score or top-1 accuracy)", fontsize=8)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     notes = {note for r in shown for note in r.note.split("; ") if "meaningless" in note or "untrained" in note}
     return warn(figure, "; ".join(sorted(notes)))
+
+
+def _row_name(result: "Result") -> str:
+    """What tells a row of ``draw_results`` from the others."""
+    share = f"{100 * result.fraction:g} %" if result.fraction else ""
+    prompts = Path(result.prompts).name if result.prompts not in ("", "descriptions") else ""
+    metric = result.metric if result.task == "finetune" else ""
+    return "  ".join(filter(None, (result.task, result.title, result.leads, share, prompts, metric)))
 
 
 def draw_tsne(

@@ -91,5 +91,9 @@ def fit(
             partial.replace(kept)
         checkpoint.write(folder, epoch, checkpoint.snapshot(network, optimizer), {"best": best}, keep=1)
     network.load_state_dict(load_file(kept))
+    with torch.no_grad():
+        finite = torch.isfinite(loss_of(np.arange(min(rows, config.batch)))).item()
+    if not finite:
+        raise ArithmeticError(f"{what}: the weights of epoch {best['epoch']} overflow; use a lower learning rate")
     shutil.rmtree(folder)
     return best

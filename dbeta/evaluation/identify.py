@@ -7,8 +7,6 @@ the gallery holds each one's first record, the probe is the second, top-1 by cos
 patient with two records or more is a test patient (2,127 in PTB-XL) and the others train.
 """
 
-import csv
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbeta.evaluation.datasets import PRETRAINING, derive_split, own_split, record_stem
+from dbeta.evaluation.datasets import PRETRAINING, derive_split, own_split, subjects_of
 from dbeta.evaluation.fitting import FitConfig, TokenMean, fit
 from dbeta.evaluation.metrics import Interval, bootstrap_interval
 from dbeta.evaluation.signals import SegmentStore, keep_leads
@@ -84,13 +82,12 @@ def identities(corpus: "Corpus", patients: Path | None = None, *, seed: int = 42
     with two segments of its one record), the rest is tested. Else the corpus's own split by patient, or a derived one.
 
     Args:
-        patients: ``ptbxl_database.csv``; names the patients of the challenge's PTB-XL records (HR00001 is ecg_id 1),
-            whose headers do not.
+        patients: as in ``subjects_of``.
 
     Raises:
         ValueError: no patient to test has two records.
     """
-    subjects = _subjects(corpus, patients)
+    subjects = subjects_of(corpus, patients)
     names = [str(name) for name in corpus.column("name")]
     held: dict[str, list[int]] = defaultdict(list)
     for record in sorted(range(len(names)), key=names.__getitem__):  # by name: first is first recorded
@@ -98,13 +95,13 @@ def identities(corpus: "Corpus", patients: Path | None = None, *, seed: int = 42
     single = [patient for patient, records in held.items() if len(records) == 1]
     if 2 * len(single) >= len(held):
         part = dict.fromkeys(held, "test")
-        part |= {p: "train" if q != "validation" else q for p, q in zip(single, derive_split(single, seed)[0])}
+        part |= {p: "train" if q != "validation" else q for p, q in zip(single, derive_split(single, seed=seed)[0])}
         origin = "paper: patients with several records are tested, the others train"
     else:
         rows = sorted(held)
         stated = dict(zip(subjects, (str(split) for split in corpus.column("split"))))
         seen = corpus.source in PRETRAINING
-        parts, origin = own_split([stated[p] for p in rows], rows) if seen else derive_split(rows, seed)
+        parts, origin = own_split([stated[p] for p in rows], rows) if seen else derive_split(rows, seed=seed)
         part = dict(zip(rows, parts))
     pairs = {
         split: [
@@ -190,19 +187,3 @@ def _directions(model: nn.Module, classes: int, seed: int) -> nn.Linear:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Linear(model.ecg_projection.out_features, classes, bias=False)
-
-
-def _subjects(corpus: "Corpus", patients: Path | None) -> list[str]:
-    subjects = [str(subject) for subject in corpus.column("subject")]
-    if patients is None:
-        return subjects
-    try:
-        with patients.open(newline="") as file:
-            known = {int(row["ecg_id"]): row["patient_id"].removesuffix(".0") for row in csv.DictReader(file)}
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"--patients {patients}: {error!r}; give PTB-XL's ptbxl_database.csv") from None
-    for record, name in enumerate(corpus.column("name")):
-        match = re.fullmatch(r"HR(\d{5})", record_stem(name))
-        if match and int(match[1]) in known:
-            subjects[record] = f"PTB-XL {known[int(match[1])]}"
-    return subjects

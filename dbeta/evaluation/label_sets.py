@@ -25,11 +25,17 @@ class LabelSet:
     window_s: float = 10.0  # how much of a record is shown
     unlabelled: str = "drop"  # records with none of the labels: drop or keep
     segments: bool = False  # whether ``counts`` are of segments of ``window_s``
+    by_substring: bool = False  # the published columns are: targets from a corpus's own labels are others
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The class labels."""
         return tuple(self.names)
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """Table 9's proportions of train, validation and test; None where it has no such split."""
+        return {s: n / sum(self.counts) for s, n in zip(SPLITS, self.counts)} if all(self.counts) else None
 
     def targets_of(self, held: set[str]) -> list[bool]:
         """One row of targets from a record's corpus labels."""
@@ -78,6 +84,7 @@ def label_set(key: str, *, labels: str = "merl") -> LabelSet:
         window_s=entry.get("window_s", 10.0),
         unlabelled=entry.get("unlabelled", "drop"),
         segments=entry.get("segments", False),
+        by_substring="diagnoses" in entry and not clean,
     )
 
 

@@ -1,6 +1,7 @@
 """What the paper reports for D-BETA, in per cent, to stand beside our own figures (ICML 2025)."""
 
 LEADS = ("12", "P-6", "P-3", "P-2", "P-1")
+IDENTIFICATION = "Physionet2021-Id."  # as Table 9 calls it: the set is cinc2021, as that of Physionet2021-Dx.
 FRACTIONS = (0.01, 0.1, 1.0)
 SIX = ("ptbxl-super", "ptbxl-sub", "ptbxl-form", "ptbxl-rhythm", "cpsc2018", "csn")  # averaged in Tables 3 and 6-8
 

@@ -58,16 +58,16 @@ def read_prompts(path: Path) -> dict[str, tuple[str, ...]]:
         ValueError: it cannot be read as that.
     """
     found = {str(name): _texts(text) for name, text in _read(path).items()}
-    without = [name for name, texts in found.items() if not texts or not all(text.strip() for text in texts)]
+    without = [name for name, texts in found.items() if not texts]
     if without or not found:
         raise ValueError(f"--prompts {path}: no text for {', '.join(without) or 'anything'}; write {{name: text}}")
     return found
 
 
 def _texts(given: object) -> tuple[str, ...]:
-    """One text or several, lower-case; nothing if it is neither."""
+    """One text or several, lower-case; nothing if it is neither, or one of them is blank."""
     several = [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []
-    return tuple(text.lower() for text in several) if all(isinstance(text, str) for text in several) else ()
+    return tuple(text.lower() for text in several) if all(isinstance(t, str) and t.strip() for t in several) else ()
 
 
 def prompts_for(corpus: "Corpus") -> dict[str, tuple[str, ...]]:

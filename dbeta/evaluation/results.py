@@ -15,11 +15,12 @@ from rich.table import Table
 
 from dbeta.evaluation.label_sets import all_label_sets, label_set
 from dbeta.evaluation.metrics import UNKNOWN, AucTable
-from dbeta.evaluation.paper import VALUES, paper_value
+from dbeta.evaluation.paper import EXPERTS, IDENTIFICATION, VALUES, paper_value
 from dbeta.files import write_csv, write_whole
 from dbeta.runtime import announce, environment
 
 ORDER = ("zero-shot", "experts", "shift", "linear-probe", "finetune", "identify")  # of tables in a report
+AVERAGE = "Average of six"  # Table 3's last column
 METRICS = {"finetune": "CinC 2021 score", "identify": "top-1 accuracy"}
 
 
@@ -52,7 +53,7 @@ class Result:
         if other or (self.fraction is not None and self.seed is not None):
             return None
         found = paper_value(self.task, self.dataset, self.leads, self.fraction)
-        return found and (found[0], found[1] / 100)
+        return found and (found[0], round(found[1] / 100, 6))
 
     @property
     def case(self) -> tuple:
@@ -82,17 +83,24 @@ def from_table(table: AucTable, **fields: Any) -> Result:
 
 def not_run(results: Iterable[Result], tasks: Iterable[str]) -> list[Result]:
     """The paper's figures of these tasks that ``results`` do not answer; Table 5's readers belong to zero-shot."""
-    done = {(r.task, r.dataset, r.leads, r.fraction) for r in results if r.paper is not None and r.value is not None}
+    done = {(r.task, r.dataset, r.leads, r.fraction) for r in results if r.paper is not None}
     wanted = {*tasks, *(["experts"] if "zero-shot" in tasks else [])}
-    titles = {key: label_set(key).title for key in all_label_sets()}
+    titles = {("identify", "cinc2021"): IDENTIFICATION, ("zero-shot", "average"): AVERAGE}
+    titles |= {("experts", reader): expert_title(reader) for reader in EXPERTS}
+    titles |= {(task, key): label_set(key).title for key in all_label_sets() for task in wanted - {"identify"}}
     return [
         Result(
-            task=task, dataset=dataset, title=titles.get(dataset, dataset), leads=leads or "", fraction=fraction,
-            metric=METRICS.get(task, "macro AUC"), note="not run",
+            task=task, dataset=dataset, title=titles.get((task, dataset), dataset.replace(">", " > ")),
+            leads=leads or "", fraction=fraction, metric=METRICS.get(task, "macro AUC"), note="not run",
         )
         for task, dataset, leads, fraction in VALUES
         if task in wanted and (task, dataset, leads, fraction) not in done
     ]  # fmt: skip
+
+
+def expert_title(reader: str) -> str:
+    """What a reader of Table 5 is called in a report."""
+    return f"CODE-test, {reader}"
 
 
 # Given a folder of its own for checkpoints, a piece of work returns results and details by class.
@@ -204,8 +212,10 @@ def show(results: list[Result]) -> Group:
     for task, metric in dict.fromkeys((result.task, result.metric) for result in shown):
         title = f"{task}, {metric}, per cent"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("data set", "leads", "train", "ours", "95 %", "paper", "diff", "notes"):
-            table.add_column(column, justify="right" if column in ("train", "ours", "diff") else "left", no_wrap=True)
+        for column in ("data set", "leads", "train", "ours", "95 %", "classes", "paper", "diff", "notes"):
+            table.add_column(
+                column, justify="right" if column in ("train", "ours", "classes", "diff") else "left", no_wrap=True
+            )
         for result in shown:
             if (result.task, result.metric) == (task, metric):
                 table.add_row(*_cells(result, notes))
@@ -227,10 +237,17 @@ def _cells(result: Result, notes: dict[str, str]) -> list[str]:
         "" if result.fraction is None else f"{100 * result.fraction:g} %",
         ours or ("not run" if result.note == "not run" else "no class"),
         f"{low}-{high}" if low else "",
+        _measured(result),
         f"{paper} T{row['paper_table']}" if paper else "",
         "" if row["difference"] is None else f"{100 * row['difference']:+.2f}",
         " ".join(letters),
     ]
+
+
+def _measured(result: Result) -> str:
+    """How many of the classes the figure is of: 13/38 where 25 had no positives, say, in the tested records."""
+    left_out = len(result.left_out.split("; ")) if result.left_out else 0
+    return f"{result.classes}/{result.classes + left_out}" if result.classes + left_out and result.per_class else ""
 
 
 def as_json(value: float) -> float | None:

@@ -1,5 +1,6 @@
 """The five tasks of the evaluation, each from data sets to results; every ``_unit`` is one piece of kept work."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,9 +18,9 @@ from dbeta.evaluation.identify import ID, Identities, identify, identities
 from dbeta.evaluation.label_sets import SPLITS
 from dbeta.evaluation.linear_probe import ProbeConfig, measure, train_probes
 from dbeta.evaluation.metrics import AucTable, macro_auc, percentile_interval
-from dbeta.evaluation.paper import SIX
+from dbeta.evaluation.paper import IDENTIFICATION, SIX
 from dbeta.evaluation.prompts import load_prompts
-from dbeta.evaluation.results import Result, as_json, from_table
+from dbeta.evaluation.results import AVERAGE, Result, as_json, expert_title, from_table
 from dbeta.evaluation.shift import PAIRS, shift_table
 from dbeta.evaluation.signals import LEAD_SETS, SegmentStore, corpus_checksum
 from dbeta.runtime import announce
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 PAPER_FINETUNE = ("cinc2021", "synthetic")  # what `all` fine-tunes: Table 1's set and the built-in one
 SEGMENT_S = 5.0  # of identification
+IDENTIFICATION_COUNTS = (147_444, 17_670, 2_127)  # Table 9: segments, segments, patients
 Done = tuple[list[Result], dict[str, Any]]
 
 
@@ -38,20 +40,28 @@ Done = tuple[list[Result], dict[str, Any]]
 
 def zero_shot(run: "Evaluation", *, everything: bool) -> list[Result]:
     """Every label set by its prompts alone."""
-    results = []
-    for corpus, dataset in run.datasets():
-        prompts = load_prompts(dataset.labels, run.options.prompts)
+    results: list[Result] = []
+    experts = _experts(run.options)
+    for corpus, dataset, prompts in _prompted(run):
         for leads in run.options.leads or ("12",):
             key = run.key(corpus, dataset) | {"leads": leads, "prompts": prompts, "figures": run.options.figures}
             unit = partial(_zero_shot_unit, run, corpus, dataset, leads, prompts)
             results += run.unit(f"zero-shot-{dataset.labels.key}-{leads}", key, unit)
-    if run.options.annotations is not None:
-        tables = expert_tables(run.options.annotations, bootstrap=run.options.bootstrap)
-        results += [
-            from_table(table, task="experts", dataset=name, title=f"CODE-test, {name}", records=827)
-            for name, table in tables.items()
-        ]
-    return results + _average(results)
+    return results + experts + _average(results, run.warning)
+
+
+def _prompted(run: "Evaluation") -> list[tuple["Corpus", Dataset, dict[str, tuple[str, ...]]]]:
+    """The data sets with their prompts, all read before anything is scored."""
+    return [(corpus, dataset, load_prompts(dataset.labels, run.options.prompts)) for corpus, dataset in run.datasets()]
+
+
+def _experts(options: "Options") -> list[Result]:
+    """The human readers and the network of Table 5, where their annotations are given."""
+    tables = expert_tables(options.annotations, bootstrap=options.bootstrap) if options.annotations else {}
+    return [
+        from_table(table, task="experts", dataset=name, title=expert_title(name), records=827)
+        for name, table in tables.items()
+    ]
 
 
 def _zero_shot_unit(
@@ -76,14 +86,14 @@ def _zero_shot_scores(
     return ecg @ np.stack([np.mean([encode(text) for text in texts], 0) for texts in prompts.values()]).T
 
 
-def _average(results: list[Result]) -> list[Result]:
+def _average(results: list[Result], warning: str) -> list[Result]:
     """Table 3's last column, once all six sets are there."""
     six = {r.dataset: r for r in results if r.task == "zero-shot" and r.dataset in SIX and r.leads == "12"}
     if len(six) < len(SIX):
         return []
     mean = _mean(result.value for result in six.values())
-    none = {"low": None, "high": None, "left_out": "", "classes": 0, "per_class": {}}
-    return [replace(six["csn"], dataset="average", title="Average of six", value=mean, **none)]
+    none = {"low": None, "high": None, "left_out": "", "classes": 0, "per_class": {}, "records": 0, "split": ""}
+    return [replace(six["csn"], dataset="average", title=AVERAGE, value=mean, note=warning, **none)]
 
 
 def _draw(
@@ -111,26 +121,30 @@ def _draw(
 def shift(run: "Evaluation", *, everything: bool) -> list[Result]:
     """Zero-shot on the target's classes that match the source's."""
     results = []
-    for corpus, dataset in run.datasets():
+    for corpus, dataset, prompts in _prompted(run):
         for source, target in PAIRS:
-            if target == dataset.labels.key:
-                prompts = load_prompts(dataset.labels, run.options.prompts)
+            if target == dataset.labels.key.removesuffix("-clean"):
                 key = run.key(corpus, dataset) | {"source": source, "prompts": prompts}
-                unit = partial(_shift_unit, run, corpus, dataset, source, prompts)
-                results += run.unit(f"shift-{source}-{target}", key, unit)
+                unit = partial(_shift_unit, run, corpus, dataset, (source, target), prompts)
+                results += run.unit(f"shift-{source}-{dataset.labels.key}", key, unit)
     if not results:
         raise ValueError("shift needs a corpus of ptb-xl, cpsc2018 or csn")
     return results
 
 
 def _shift_unit(
-    run: "Evaluation", corpus: "Corpus", dataset: Dataset, source: str, prompts: dict[str, tuple[str, ...]], _: Path
+    run: "Evaluation",
+    corpus: "Corpus",
+    dataset: Dataset,
+    pair: tuple[str, str],
+    prompts: dict[str, tuple[str, ...]],
+    _: Path,
 ) -> Done:
     scores, rows = _zero_shot_scores(run, corpus, dataset, "12", prompts), dataset.splits["test"]
     options = {"groups": rows.groups, "bootstrap": run.options.bootstrap}
-    table = shift_table(scores, rows.targets, dataset.labels.labels, source, dataset.labels.key, **options)
+    table = shift_table(scores, rows.targets, dataset.labels.labels, *pair, **options)
     fields = run.fields("shift", dataset, prompts=run.options.prompts)
-    fields |= {"dataset": f"{source}>{dataset.labels.key}", "title": f"{source} > {dataset.labels.key}"}
+    fields |= {key: f"{pair[0]}{sign}{dataset.labels.key}" for key, sign in (("dataset", ">"), ("title", " > "))}
     return [from_table(table, **fields)], {}
 
 
@@ -191,19 +205,28 @@ def _probe_unit(
 def fine_tune(run: "Evaluation", *, everything: bool) -> list[Result]:
     """Diagnosis with the whole ECG encoder, for each lead set."""
     results, options, config = [], run.options, _fit_config(DX, run.options)
-    for corpus, dataset in run.datasets(trainable=True):
-        labels, weights = dataset.labels, None
-        if everything and labels.key not in PAPER_FINETUNE and not options.sets:
-            continue
-        if labels.key == "cinc2021":
-            if options.scoring is None:
-                raise ValueError("fine-tuning on cinc2021 needs --scoring DIR with the challenge's weights.csv")
-            weights = ChallengeWeights.read(options.scoring).ordered_as(labels)
+    chosen = [
+        (corpus, dataset)
+        for corpus, dataset in run.datasets(trainable=True)
+        if not everything or options.sets or dataset.labels.key in PAPER_FINETUNE
+    ]
+    scored = {dataset.labels.key: _weights(dataset, options) for _, dataset in chosen}  # before anything is trained
+    for corpus, dataset in chosen:
+        labels, weights = dataset.labels, scored[dataset.labels.key]
         for leads in options.leads or tuple(LEAD_SETS):
             key = run.key(corpus, dataset) | {"leads": leads, "config": asdict(config), "weights": str(weights)}
             unit = partial(_finetune_unit, run, corpus, dataset, leads, weights, config)
             results += run.unit(f"finetune-{labels.key}-{leads}", key, unit)
     return results
+
+
+def _weights(dataset: Dataset, options: "Options") -> np.ndarray | None:
+    """The challenge's weights where it is the challenge's set."""
+    if dataset.labels.key != "cinc2021":
+        return None
+    if options.scoring is None:
+        raise ValueError("fine-tuning on cinc2021 needs --scoring DIR with the challenge's weights.csv")
+    return ChallengeWeights.read(options.scoring).ordered_as(dataset.labels)
 
 
 def _finetune_unit(
@@ -232,7 +255,7 @@ def _finetune_unit(
     if done.score is not None:
         low, high = done.interval
         scored = {"metric": "CinC 2021 score", "value": done.score, "low": low, "high": high, "left_out": ""}
-        scored["per_class"] = {}
+        scored |= {"per_class": {}, "classes": len(labels.labels)}
         results.insert(0, replace(results[0], **scored))
     return results, {"epoch": done.epoch, "segments": done.segments}
 
@@ -263,15 +286,30 @@ def _identify_unit(
     path = run.out / "segments" / f"identify-{corpus.source}.i16"
     store = SegmentStore.build(corpus, np.array(sorted(named), np.int64), SEGMENT_S, path)
     done = identify(run.model, people, store, scratch, leads=leads, config=config, bootstrap=run.options.bootstrap)
+    for note in identification_notes(people, store, done.patients) if corpus.source == "cinc2021" else ():
+        announce(note)
     chance = f"{done.patients} patients, chance {100 * done.chance:.2f} %"
     result = Result(
         task="identify", dataset=corpus.source, leads=leads, metric="top-1 accuracy",
-        title="Physionet2021-Id." if corpus.source == "cinc2021" else corpus.source,
+        title=IDENTIFICATION if corpus.source == "cinc2021" else corpus.source,
         value=done.accuracy, low=as_json(done.interval[0]), high=as_json(done.interval[1]),
         records=done.patients, classes=done.patients, split=people.origin,
         note="; ".join(note for note in (run.warning, chance) if note),
     )  # fmt: skip
     return [result], {"epoch": done.epoch}
+
+
+def identification_notes(people: Identities, store: SegmentStore, patients: int) -> list[str]:
+    """Where the segments to train and validate on, or the patients to test, are not as many as in Table 9."""
+    cut = Counter(store.record.tolist())
+    found = {"train": sum(cut[record] for record in people.train)}
+    found["validation"] = sum(cut[record] for record in {r for pair in people.validation for r in pair})
+    counted = zip((*found.items(), ("test", patients)), ("segments", "segments", "patients"), IDENTIFICATION_COUNTS)
+    return [
+        f"{IDENTIFICATION} {split}: {count:,} {what}, Table 9 has {wanted:,}"
+        for (split, count), what, wanted in counted
+        if count != wanted
+    ]
 
 
 def _fit_config(paper: FitConfig, options: "Options") -> FitConfig:

@@ -29,7 +29,7 @@ def test_every_row_of_the_paper_has_a_run(tmp_path):
 
 
 def test_every_line_of_the_command_is_one_that_the_commands_understand(tmp_path):
-    given = ["--corpus", "my corpus", "--splits", "s", "--scoring", "w", "--out", str(tmp_path)]
+    given = ["--corpus", "my corpus", "--splits", "s", "--patients", "p.csv", "--scoring", "w", "--out", str(tmp_path)]
     shown = CliRunner().invoke(main, ["evaluate", "ablations", *given])
     lines = [shlex.split(line) for line in shown.output.splitlines() if not line.startswith("#")]
     assert shown.exit_code == 0 and len(lines) == 9 * 4 + 2 * 2
@@ -42,7 +42,7 @@ def test_every_line_of_the_command_is_one_that_the_commands_understand(tmp_path)
         if name == "dbeta-pretrain":
             assert str(context.params["data"]) == "my corpus"
         else:
-            assert str(context.params["splits"]) == "s"
+            assert str(context.params["splits"]) == "s" and str(context.params["patients"]) == "p.csv"
 
 
 def test_results_at_hand_are_summed_up_as_the_papers(tmp_path):

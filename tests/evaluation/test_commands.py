@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from dbeta.cli import main
 from dbeta.evaluation import commands
 from dbeta.evaluation.evaluate import TASKS
+from dbeta.evaluation.label_sets import label_set
 from dbeta.evaluation.signals import LEAD_SETS
 
 
@@ -73,6 +74,15 @@ def test_all_as_a_module_says_what_it_cannot_run(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "not run: identify: " in done.stderr and "needs two or more" in done.stderr
     assert {row["task"] for row in rows(tmp_path) if row["note"] != "not run"} == {"zero-shot", "linear-probe", "shift"}
+
+
+def test_nothing_is_done_before_all_texts_are_there(folder, synthetic, tmp_path):
+    """Prompts for one of two sets: refused before the other is scored."""
+    (tmp_path / "p.json").write_text(json.dumps({"cpsc2018": dict.fromkeys(label_set("cpsc2018").labels, "x")}))
+    words = ["--data", folder / "cpsc2018", "--data", synthetic.path, "--prompts", tmp_path / "p.json"]
+    done = run("zero-shot", folder / "model", *words, "--out", tmp_path / "out")
+    assert done.exit_code == 2 and "of synthetic; give one for every class" in done.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,34 @@ def test_a_split_by_patient_is_derived_where_the_published_one_is_empty(shared):
     assert all(patients) and sum(map(len, patients)) == 10
 
 
+def test_a_derived_split_has_the_proportions_of_table_9(shared):
+    corpus = FakeCorpus("cinc2021", [f"E{i:05d}" for i in range(100)], [[]] * 100)
+    parts = load_dataset(label_set("cinc2021"), corpus).splits
+    assert {split: len(rows) for split, rows in parts.items()} == {"train": 80, "validation": 10, "test": 10}
+
+
+def test_patients_of_the_challenges_ptbxl_records_stay_together(shared):
+    """Their headers name no patient; PTB-XL's own table does."""
+    table = shared / "data/ptbxl/ptbxl_database.rows1-500.csv"
+    with table.open() as file:
+        patient = {f"ptb-xl/HR{int(row['ecg_id']):05d}": row["patient_id"] for row in csv.DictReader(file)}
+    corpus = FakeCorpus("cinc2021", patient, [["426783006"]] * len(patient))
+    for given, crossing in ((table, 0), (None, 1)):
+        dataset = load_dataset(label_set("cinc2021"), corpus, patients=given)
+        groups = [{patient[name] for name in rows.names} for rows in dataset.splits.values()]
+        assert (sum(map(len, groups)) > len(set.union(*groups))) == crossing
+        assert any("--patients ptbxl_database.csv" in note for note in dataset.notes) == crossing
+    with pytest.raises(ValueError, match=r"give PTB-XL's ptbxl_database\.csv"):
+        load_dataset(label_set("cinc2021"), corpus, patients=shared / "data/sph/metadata.csv")
+
+
+def test_csn_without_its_columns_says_so(shared):
+    corpus = FakeCorpus("csn", "abc", [["426783006"]] * 3)
+    for kind, said in (("merl", True), ("clean", False)):
+        notes = load_dataset(label_set("csn", labels=kind), corpus).notes
+        assert any("not the published columns" in note for note in notes) == said
+
+
 def test_the_corpus_split_is_used_where_there_is_no_published_one():
     splits = ["train", "train", "validation", "test"]
     dataset = load_dataset(synthetic_set(["A"]), FakeCorpus("synthetic", "abcd", [["A"]] * 4, splits=splits))

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dbeta.evaluation import results, tasks
 from dbeta.evaluation.evaluate import Options, evaluate, find_corpora
+from dbeta.evaluation.identify import Identities
 from dbeta.evaluation.results import Result, Units, not_run, show
 
 QUICK = Options(epochs=2, bootstrap=50, fractions=(0.1, 1.0), seeds=(42, 43), derive=True)
@@ -92,6 +94,33 @@ def test_comparison_is_made_only_with_the_same_case():
     console.print(show([Result(**base), *missing]))
     text = console.export_text()
     assert "+3.70" in text and "76.30 T3" in text and text.count("not run") == 11
+
+
+def test_a_case_without_a_measurable_class_was_run():
+    ran = Result(task="shift", dataset="csn>cpsc2018", title="csn > cpsc2018")
+    rows = not_run([ran], ("shift", "identify"))
+    assert len(rows) == 5 + 5 and "csn>cpsc2018" not in {row.dataset for row in rows}
+    assert {row.title for row in rows if row.task == "identify"} == {"Physionet2021-Id."}
+    assert "ptbxl-super > csn" in {row.title for row in rows}
+
+
+def test_the_report_says_how_many_classes_a_figure_is_of():
+    from rich.console import Console
+
+    some = Result(task="zero-shot", dataset="csn", title="CSN", value=0.8, classes=1, left_out="SR: no positives",
+                  per_class={"AF": {}, "SR": {}})  # fmt: skip
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(show([some]))
+    assert " 1/2 " in console.export_text()
+
+
+def test_segments_of_identification_are_counted_against_table_9():
+    people = Identities(train={0: "p", 1: "q"}, validation=[(2, 2)], test=[(3, 4)], origin="")
+    store = SimpleNamespace(record=np.array([0, 0, 1, 2, 2, 3, 4]))
+    assert tasks.identification_notes(people, store, 2_127) == [
+        "Physionet2021-Id. train: 3 segments, Table 9 has 147,444",
+        "Physionet2021-Id. validation: 2 segments, Table 9 has 17,670",
+    ]
 
 
 def test_options_of_a_command_line():

@@ -72,7 +72,9 @@ def test_area_under_the_drawn_curve_is_the_auc():
     targets[:, 2] = False
     scores = np.round(generator.normal(size=(200, 3)) + targets, 1)  # with ties
     table = macro_auc(scores, targets, ["a", "b", "c"], bootstrap=20)
-    curves = draw_roc(scores, targets, table).axes[0].lines[1:]
+    axis = draw_roc(scores, targets, table).axes[0]
+    curves = axis.lines[1:]
+    assert "over 2 of 3 classes" in axis.get_title()
     assert len(curves) == 2  # a class without positives has no curve
     for curve, name in zip(curves, sorted(table.per_class, key=table.per_class.get, reverse=True)):
         assert np.trapezoid(curve.get_ydata(), curve.get_xdata()) == pytest.approx(table.per_class[name])
@@ -85,6 +87,12 @@ def test_results_without_value_or_interval_are_drawn():
         [Result(**base, value=0.7), Result(**base, note="not run"), Result(**base, value=0.8, low=0.7, high=0.9)]
     )
     assert len(figure.axes[0].get_yticks()) == 2
+    tuned = base | {"task": "finetune", "value": 0.5}
+    twins = [Result(**tuned), Result(**tuned, metric="CinC 2021 score"), *(
+        Result(**base, value=0.5, prompts=p) for p in ("descriptions", "names")
+    )]  # fmt: skip
+    named = [label.get_text() for label in draw_results(twins).axes[0].get_yticklabels()]
+    assert len(set(named)) == 4
     draw_results([]).savefig("/dev/null", format="png")
     noted = draw_results([Result(**base, value=0.7, note="untrained network; tiny: meaningless; only 3 test records")])
     assert noted.get_supxlabel() == "tiny: meaningless; untrained network"

@@ -136,3 +136,7 @@ def test_divergence_is_an_error(tmp_path):
     with pytest.raises(ArithmeticError, match="lower learning rate"):
         fit(network, lambda rows: network.layer.weight.sum() * float("nan"), lambda: 0.0, rows=4,
             config=FitConfig(lr=1e-3, epochs=1), folder=tmp_path / "run", what="x")  # fmt: skip
+    network, x = Line(), torch.ones(4, 4)
+    with pytest.raises(ArithmeticError, match="weights of epoch 1 overflow; use a lower"):  # only its last step did it
+        fit(network, lambda rows: network.layer(x[rows]).square().mean(), lambda: 0.0, rows=4,
+            config=FitConfig(lr=1e30, epochs=1), folder=tmp_path / "last", what="x")  # fmt: skip

@@ -76,6 +76,9 @@ def test_bare_names_and_files(tmp_path):
     file.write_text(json.dumps({"NORM": "a", "MI": "b"}))
     with pytest.raises(ValueError, match="no text for STTC, CD, HYP"):
         load_prompts(labels, str(file))
+    file.write_text(json.dumps({label: " " for label in labels.labels}))
+    with pytest.raises(ValueError, match="no text for NORM, MI"):
+        load_prompts(labels, str(file))
     file.write_text("[")
     with pytest.raises(ValueError, match="give descriptions, names, or a JSON file"):
         load_prompts(labels, str(file))

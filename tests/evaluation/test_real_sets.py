@@ -139,7 +139,7 @@ def test_only_what_is_missing_is_done_again(results, data, folder, given, monkey
         pytest.fail("features that were there are extracted again")
 
     monkeypatch.setattr(FeatureCache, "_extract", again)
-    words = [*given["sets"], *given["training"], "--bootstrap", "50"]
+    words = [*given["sets"], *given["identify"], *given["training"], "--bootstrap", "50"]
     command("evaluate", "linear-probe", folder, "--data", data, *words)
     assert read(folder / "evaluation")[1] == results[0]
 
@@ -149,6 +149,9 @@ def test_clean_labels_and_bare_names(data, folder, given, tmp_path):
     command("evaluate", "zero-shot", folder, "--data", data, *words)
     (result,) = read(tmp_path)[1]
     assert result.dataset == "csn-clean" and result.prompts == "names" and result.paper is None
+    command("evaluate", "shift", folder, "--data", data, *words)
+    shifted = {r.dataset for r in read(tmp_path)[1] if r.task == "shift"}
+    assert shifted == {"ptbxl-super>csn-clean", "cpsc2018>csn-clean"}
 
 
 def test_corpora_are_found_by_source(data):
