@@ -96,7 +96,7 @@ class SegmentStore:
     def build(cls, corpus: "Corpus", records: np.ndarray, window_s: float, path: Path) -> "SegmentStore":
         """Cut each record into consecutive segments; a record shorter than one gives a single zero-filled one.
 
-        The file appears whole or not at all; a store that is already there for the same records is used as it is.
+        The file appears whole or not at all; a whole store of the same records that is already there is used as it is.
         """
         from dbeta.data.tables import load_arrays, save_arrays
 
@@ -105,7 +105,8 @@ class SegmentStore:
         index = path.with_suffix(".npz")
         if index.is_file() and path.is_file():
             arrays, metadata = load_arrays(index, ("record", "start"))
-            if metadata == wanted:
+            whole = path.stat().st_size == len(arrays["record"]) * 12 * samples * np.dtype(np.int16).itemsize
+            if metadata == wanted and whole:
                 return cls(path, arrays["record"], arrays["start"], samples)
         path.parent.mkdir(parents=True, exist_ok=True)
         index.unlink(missing_ok=True)

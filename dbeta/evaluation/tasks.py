@@ -276,6 +276,8 @@ def identification(run: "Evaluation", *, everything: bool) -> list[Result]:
             results += run.unit(f"identify-{source}-{leads}", key, unit)
     if problems and not results:
         raise ValueError("; ".join(problems))
+    if problems:
+        announce(f"not run: identify: {'; '.join(problems)}")
     return results
 
 

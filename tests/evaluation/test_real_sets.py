@@ -110,6 +110,7 @@ def test_every_task_runs_on_every_set(results, folder):
     assert {r.split for r in found if r.dataset == "ptbxl-super"} == {"published"}
     assert {r.split for r in found if r.dataset == "cpsc2018"} == {"derived by patient"}
     assert "the published split is empty" in printed and "meaningless" in printed
+    assert "not run: identify: " in printed and "cinc2021: 1 test patients with two records" in printed
     names = {path.name for path in (folder / "evaluation").iterdir()}
     assert {"results.csv", "results.json", "results.png"} <= names
     roc = {path.name for path in (folder / "evaluation/figures").glob("roc-*")}

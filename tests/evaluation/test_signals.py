@@ -46,6 +46,10 @@ def test_segments_tile_a_record_and_are_cut_once(synthetic, tmp_path):
     before = (tmp_path / "a.i16").stat().st_mtime_ns
     SegmentStore.build(synthetic, records, 5.0, tmp_path / "a.i16")
     assert (tmp_path / "a.i16").stat().st_mtime_ns == before
+    with (tmp_path / "a.i16").open("r+b") as file:
+        file.truncate(1000)
+    again = SegmentStore.build(synthetic, records, 5.0, tmp_path / "a.i16")  # damaged: cut again
+    assert torch.equal(again.read(np.array([0, 1])).permute(1, 0, 2).reshape(12, 5000), joined)
     other = SegmentStore.build(synthetic, np.array([2]), 12.0, tmp_path / "a.i16")
     assert len(other) == 1 and not other.read(np.array([0]))[..., 5000:].any()  # shorter than a segment: zeros after it
 
