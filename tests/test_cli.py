@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from dbeta.cli import main, pretrain
 
 EVALUATE = {"--data", "--out", "--untrained", "--bootstrap", "--device", "--set"}
-SETS = {"--splits", "--derive", "--sets", "--labels"}
+SETS = {"--splits", "--derive", "--patients", "--sets", "--labels"}
 OPTIONS = {
     "pretrain": {
         "--preset", "--data", "--out", "--resume", "--compile", "--device", "--seed", "--set", "--show-examples",
@@ -31,9 +31,9 @@ OPTIONS = {
     "evaluate shift": {*EVALUATE, *SETS, "--prompts"},
     "evaluate all": {
         *EVALUATE, *SETS, "--prompts", "--leads", "--annotations", "--figures", "--pairs", "--fraction", "--seed",
-        "--epochs", "--lr", "--scoring", "--patients",
+        "--epochs", "--lr", "--scoring",
     },
-    "evaluate ablations": {"--preset", "--corpus", "--data", "--splits", "--scoring", "--out"},
+    "evaluate ablations": {"--preset", "--corpus", "--data", "--splits", "--patients", "--scoring", "--out"},
 }  # fmt: skip
 
 

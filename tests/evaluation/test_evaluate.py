@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 
 from dbeta.evaluation import results, tasks
 from dbeta.evaluation.evaluate import Options, evaluate, find_corpora
+from dbeta.evaluation.features import FeatureCache
 from dbeta.evaluation.identify import Identities
+from dbeta.evaluation.label_sets import synthetic_set
 from dbeta.evaluation.results import Result, Units, not_run, show
 
 QUICK = Options(epochs=2, bootstrap=50, fractions=(0.1, 1.0), seeds=(42, 43), derive=True)
@@ -47,6 +50,27 @@ def test_results_are_written_beside_the_papers(found, out):
 def test_seed_mean_is_the_mean(found):
     probes = [r for r in found if r.task == "linear-probe" and r.fraction == 1.0]
     assert probes[0].seed is None and probes[0].value == pytest.approx(np.mean([r.value for r in probes[1:]]))
+
+
+def test_a_probe_is_chosen_on_validation_and_sees_the_protocols_window(model, synthetic, tmp_path, monkeypatch):
+    seen, windows = [], set()
+    train, features = tasks.train_probes, FeatureCache.features
+
+    def spy(train_part, validation, **more):
+        seen.append((len(train_part[0]), len(validation[0])))
+        return train(train_part, validation, **more)
+
+    def extract(cache, corpus, records, *, window_s=10.0, **more):
+        windows.add(window_s)
+        return features(cache, corpus, records, window_s=window_s, **more)
+
+    monkeypatch.setattr(tasks, "train_probes", spy)
+    monkeypatch.setattr(FeatureCache, "features", extract)
+    five = replace(synthetic_set(list(synthetic.labels)), window_s=5.0)  # as CPSC2018 is shown
+    monkeypatch.setattr("dbeta.evaluation.evaluate.sets_for", lambda *_, **__: [five])
+    for task in ("linear-probe", "zero-shot"):
+        evaluate(task, model, synthetic.path, tmp_path, replace(QUICK, fractions=(1.0,), figures=False))
+    assert seen == [(168, 24)] and windows == {5.0}  # 48 are tested
 
 
 def test_per_class_details_are_kept(found, out):

@@ -1,15 +1,20 @@
 """Training the whole encoder: the ArcFace loss, who is told apart, resuming, and the choice of epoch."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fakes import FakeCorpus
 from torch import nn
 
+from dbeta.evaluation import finetune, identify
+from dbeta.evaluation.datasets import Dataset, Rows
 from dbeta.evaluation.fitting import FitConfig, TokenMean, fit
-from dbeta.evaluation.identify import arcface_loss, identities, top_1
+from dbeta.evaluation.identify import Identities, arcface_loss, identities, top_1
+from dbeta.evaluation.label_sets import label_set
 
 
 def test_arcface_by_hand():
@@ -140,3 +145,74 @@ def test_divergence_is_an_error(tmp_path):
     with pytest.raises(ArithmeticError, match="weights of epoch 1 overflow; use a lower"):  # only its last step did it
         fit(network, lambda rows: network.layer(x[rows]).square().mean(), lambda: 0.0, rows=4,
             config=FitConfig(lr=1e30, epochs=1), folder=tmp_path / "last", what="x")  # fmt: skip
+
+
+class Store:
+    """Segments that remember who read them; ``record`` as in a SegmentStore."""
+
+    def __init__(self, name, record, log):
+        self.name, self.record, self.log = name, np.array(record), log
+
+    def __len__(self):
+        return len(self.record)
+
+    def read(self, rows):
+        self.log.append((self.name, list(rows)))
+        return torch.randn(len(rows), 12, 2500)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The signals that the encoder was shown."""
+    shown, forward = [], TokenMean.forward
+    monkeypatch.setattr(TokenMean, "forward", lambda self, ecg: shown.append(ecg) or forward(self, ecg))
+    return shown
+
+
+def once(log, calls):
+    """In place of ``fit``: one loss and one validation."""
+
+    def fit(network, loss_of, validate, **_):
+        loss_of(np.arange(2))
+        calls.append(len(log))
+        with torch.no_grad():
+            validate()
+        calls.append(len(log))
+        return {"epoch": 1, "score": 0.0}
+
+    return fit
+
+
+def test_fine_tuning_validates_on_validation_and_sees_only_its_leads(model, shown, monkeypatch):
+    targets = np.array([[True], [False]])
+    rows = {
+        split: Rows(names=["a", "b"], groups=["a", "b"], targets=targets, records=np.array([i, i + 1]))
+        for i, split in ((0, "train"), (2, "validation"), (4, "test"))
+    }
+    log, calls = [], []
+    stores = {split: Store(split, part.records, log) for split, part in rows.items()}
+    monkeypatch.setattr(finetune, "fit", once(log, calls))
+    said = []
+    monkeypatch.setattr(finetune, "sigmoid", lambda _: np.array([[0.49], [0.51]]))
+    monkeypatch.setattr(
+        finetune, "challenge_score", lambda _, guess, *a, **k: said.append(guess.tolist()) or (0.0, None)
+    )
+    labels = label_set("cpsc2018")
+    labels = replace(labels, names={"AFIB": "x"}, codes={"AFIB": ("x",)})
+    dataset, weights = Dataset(labels=labels, splits=rows, origin=""), np.eye(1)
+    finetune.finetune(model, dataset, stores, None, leads="P-2", weights=weights, sinus=0, bootstrap=0)
+    assert said == [[[False], [True]]] * 2  # the threshold is one half, in validation and test
+    parts = np.split([name for name, _ in log], calls)
+    assert [set(part) for part in parts] == [{"train"}, {"validation"}, {"test"}]
+    assert shown and all(ecg[:, :2].any() and not ecg[:, 2:].any() for ecg in shown)
+
+
+def test_identification_compares_two_records_and_sees_only_its_leads(model, shown, monkeypatch):
+    people = Identities(train={0: "p", 1: "q"}, validation=[(2, 2)], test=[(3, 4), (5, 6)], origin="")
+    log, calls = [], []
+    store = Store("all", [0, 1, 2, 2, 3, 3, 4, 5, 6, 6], log)
+    monkeypatch.setattr(identify, "fit", once(log, calls))
+    identify.identify(model, people, store, None, leads="P-1", bootstrap=0)
+    read = [rows for _, rows in log]
+    assert read == [[0, 1], [2], [3], [4, 7], [6, 8]]  # validation: two segments of a record; test: gallery and probe
+    assert shown and all(ecg[:, :1].any() and not ecg[:, 1:].any() for ecg in shown)
