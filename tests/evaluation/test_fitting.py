@@ -194,14 +194,18 @@ def test_fine_tuning_validates_on_validation_and_sees_only_its_leads(model, show
     monkeypatch.setattr(finetune, "fit", once(log, calls))
     said = []
     monkeypatch.setattr(finetune, "sigmoid", lambda _: np.array([[0.49], [0.51]]))
-    monkeypatch.setattr(
-        finetune, "challenge_score", lambda _, guess, *a, **k: said.append(guess.tolist()) or (0.0, None)
-    )
+
+    def score(truth, guess, weights, sinus, groups=None, **_):
+        said.append((guess.tolist(), groups))
+        return 0.0, None
+
+    monkeypatch.setattr(finetune, "challenge_score", score)
     labels = label_set("cpsc2018")
     labels = replace(labels, names={"AFIB": "x"}, codes={"AFIB": ("x",)})
     dataset, weights = Dataset(labels=labels, splits=rows, origin=""), np.eye(1)
     finetune.finetune(model, dataset, stores, None, leads="P-2", weights=weights, sinus=0, bootstrap=0)
-    assert said == [[[False], [True]]] * 2  # the threshold is one half, in validation and test
+    guess = [[False], [True]]  # the threshold is one half; patients are resampled whole
+    assert said == [(guess, None), (guess, ["a", "b"])]
     parts = np.split([name for name, _ in log], calls)
     assert [set(part) for part in parts] == [{"train"}, {"validation"}, {"test"}]
     assert shown and all(ecg[:, :2].any() and not ecg[:, 2:].any() for ecg in shown)
