@@ -1,5 +1,6 @@
 """ets_loss against the fixtures, its form for the CPU, its memory, and what it refuses."""
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dbeta_kernels.checking import evaluate
+from dbeta_kernels.checking import evaluate, to_float64
 from dbeta_kernels.ets_loss import ets_loss, reference
 from dbeta_kernels.registry import specs
 
@@ -48,10 +49,10 @@ def test_parity(shared, cpu_form, dtype, tolerance, backend):
 @pytest.mark.parametrize("pairs", [2**21, 100])
 def test_chunks_equal_the_whole_in_float64(case, pairs, monkeypatch):
     monkeypatch.setattr("dbeta_kernels.ets_loss.CPU_PAIRS", pairs)
-    inputs = SPEC.make(torch.float64, "cpu", 0, **SPEC.cases[case])
+    inputs = to_float64(SPEC.make(torch.float64, "cpu", 0, **SPEC.cases[case]))  # scale and bias too
     actual, expected = (evaluate(f, inputs, SPEC.differentiable) for f in (ets_loss, reference))
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-12)
 
 
 def test_blocks_of_ranks_add_up(cpu_form):
@@ -131,6 +132,15 @@ def test_memory_of_the_cpu_form_grows_linearly():
     assert large < 2.5 * small  # linear doubles, quadratic is four times
     (dense,) = peaks("reference", 4096)
     assert dense > 192, "the measure does not see matrices of all pairs"
+
+
+@pytest.mark.parametrize("case", ["matched", "mismatched", "learned"])
+def test_the_peer_computes_the_same_loss(case, interpreter):
+    inputs = to_float64(SPEC.make(torch.float64, "cpu", 0, **SPEC.cases[case] | {"reduction": "batch"}))
+    peer = functools.partial(SPEC.peers["siglip"], chunk=2)
+    actual, expected = (evaluate(f, inputs, SPEC.differentiable) for f in (peer, reference))
+    for name in expected:
+        torch.testing.assert_close(actual[name].double(), expected[name].double(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.gpu
