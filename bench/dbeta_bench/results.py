@@ -1,5 +1,6 @@
 """Benchmark results as JSON: where and when they were measured, rows by benchmark, and the comparison of two."""
 
+import contextlib
 import datetime
 import json
 import subprocess
@@ -41,7 +42,9 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file holds something else.
     """
-    results = json.loads(path.read_text())
+    results = None
+    with contextlib.suppress(ValueError):  # not JSON, or not even text
+        results = json.loads(path.read_text())
     if not isinstance(results, dict) or "benchmarks" not in results:
         raise ValueError(f"{path} holds no benchmark results; give a file written by dbeta-bench --out")
     return results

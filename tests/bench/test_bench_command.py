@@ -73,8 +73,9 @@ def test_results_are_compared_row_by_row(tmp_path):
     assert "different devices" in next(iter(results.compare(other, old)))
 
 
-def test_other_json_is_refused(tmp_path):
-    (tmp_path / "other.json").write_text("[]")
+@pytest.mark.parametrize("content", [b"[]", b"# A document", b"\xff\x00"])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "other.json").write_bytes(content)
     with pytest.raises(ValueError, match="holds no benchmark results"):
         results.load(tmp_path / "other.json")
 
