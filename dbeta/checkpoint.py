@@ -26,7 +26,10 @@ from dbeta.files import file_digest, put_in_place, sync_file
 from dbeta.runtime import warn
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-STATE = {"step": int, "loader": dict, "best": dict, "counters": dict}  # what a run goes on from
+STATE = {  # what a run goes on from
+    "step": int, "loader": {"epoch": int, "position": int}, "best": {"score": float, "step": int},
+    "counters": {"sums": dict, "counted": int, "skipped": list},
+}  # fmt: skip
 Snapshot = dict[str, dict[str, torch.Tensor]]  # file name -> tensors
 
 
@@ -120,7 +123,7 @@ def write(folder: Path, step: int, tensors: Snapshot, state: dict[str, Any], kee
         if final.is_dir():
             _discard(final)
         put_in_place(partial, final)
-        for old in whole(folder)[:-keep]:
+        for old in [path for path in whole(folder) if path.name <= final.name][:-keep]:  # later ones are damaged
             _discard(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -180,7 +183,7 @@ def load(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
-    holds: Mapping[str, type] = STATE,
+    holds: Mapping[str, Any] = STATE,
 ) -> dict[str, Any]:
     """Restore model and optimiser in place; returns the rest of the state, checked against ``holds``.
 
@@ -193,7 +196,7 @@ def load(
         state = json.loads((path / "state.json").read_text())
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
-    if not isinstance(state, dict) or [name for name, kind in holds.items() if type(state.get(name)) is not kind]:
+    if not _fits(state, holds):
         raise ValueError(f"checkpoint {path}: its state.json does not hold {', '.join(holds)}; use another checkpoint")
     wanted = model.state_dict()
     check_shapes(weights, wanted, f"checkpoint {path}")
@@ -209,6 +212,13 @@ def load(
                 placed = (placed_like(value, parameter) for value in averages)
                 optimizer.state[parameter] = dict(zip(MOMENTS, (count, *placed)))
     return state
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether ``value`` is of a type or, for a mapping, holds every name with a value that fits, none below 0."""
+    if isinstance(kind, Mapping):
+        return isinstance(value, dict) and all(_fits(value.get(name), part) for name, part in kind.items())
+    return type(value) is kind and not (kind is int and value < 0)
 
 
 def check_shapes(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], source: str) -> None:

@@ -18,14 +18,20 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 MAX_BYTES = 1 << 20
-COUNTS = {
+COUNTS = (
     "train.steps", "train.batch", "train.accumulate", "train.log_every", "train.eval_every", "train.eval_records",
     "train.checkpoint_every", "train.keep_checkpoints", "optim.max_nonfinite", "data.synthetic_records",
-}  # fmt: skip
-SHARES = {
+    "data.max_tokens",
+)  # fmt: skip
+SHARES = (
     "data.lead_keep_probability", "data.negative_fraction", "loss.mlm_probability", "loss.mlm_mask", "loss.mlm_random",
     "optim.warmup", "optim.hold", "optim.decay",
+)  # fmt: skip
+RANGES = {
+    **dict.fromkeys(COUNTS, (1, math.inf)), **dict.fromkeys(SHARES, (0, 1)), "data.workers": (1, 1024),
+    "train.seed": (0, 1 << 40), "runtime.timeout_s": (1e-3, 1e7),
 }  # fmt: skip
+MOST, MOST_LAYERS = 1 << 20, 256  # sizes of a network: what claims more is a slip, or hostile
 PRESETS = ("smoke", "paper", "released", "hopper")
 
 
@@ -241,10 +247,16 @@ def _check_values(config: "Config") -> None:
             value, dotted = getattr(part, key.name), f"{section.name}.{key.name}"
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{dotted} = {value}; accepted: a finite number")
-            if dotted in SHARES and not 0 <= value <= 1:
-                raise ValueError(f"{dotted} = {value}; accepted: 0 to 1")
-            if dotted in COUNTS and value < 1:
-                raise ValueError(f"{dotted} = {value}; accepted: 1 or more")
+            low, high = RANGES.get(dotted, (-math.inf, math.inf))
+            if part is config.model and type(value) is int and dotted != "model.mem_tap":
+                low, high = 1, MOST_LAYERS if dotted.endswith("_layers") else MOST
+            if isinstance(value, int | float) and not low <= value <= high:
+                accepted = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:,}"
+                raise ValueError(f"{dotted} = {value}; accepted: {accepted}")
+    if config.model.ecg_tokens < 1:
+        raise ValueError(
+            f"model.stem_layers = {config.model.stem_layers} leave no token of {config.model.samples} samples"
+        )
 
 
 def _override(values: dict[str, Any], overrides: typing.Iterable[str]) -> dict[str, Any]:

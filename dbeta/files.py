@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,13 @@ def foreign(path: Path) -> str:
     """What lies in place of a downloaded file of weights, in words, or "" where nothing is known to be wrong."""
     if not path.is_file():
         return ""
+    if zipfile.is_zipfile(path):
+        try:
+            members = zipfile.ZipFile(path).infolist()
+        except zipfile.BadZipFile:
+            return "is a damaged archive; download it again"
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # it may unpack to anything
+            return "is a compressed archive, which torch.save never writes; save its tensors again"
     with path.open("rb") as file:
         head = file.read(1024).lstrip().lower()
     if not head:

@@ -28,6 +28,7 @@ def run(
     from dbeta.data.corpus import Corpus
     from dbeta.distributed import explained, join, leave
     from dbeta.runtime import resolve_device
+    from dbeta.stopping import StopRequest
     from dbeta.trainer import train
 
     ranks = join(resolve_device(config.runtime.device), config.runtime.timeout_s)
@@ -36,7 +37,8 @@ def run(
         corpus = Corpus.open(data or ranks.once(lambda: _synthetic(config, out)))
         if config.preset != "smoke":
             _require_language_model(config, corpus.path)
-        last = train(config, corpus, out, resume=resume, show_examples=show_examples)
+        with StopRequest(ranks) as stop:  # from before the model is made until the report is written
+            last = train(config, corpus, out, resume=resume, show_examples=show_examples, stop=stop)
         leave()
     return last
 

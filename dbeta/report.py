@@ -45,7 +45,7 @@ class RunLog:
         """Forget what was logged after ``step``: a resumed run writes those lines again."""
         for path in (self.path, self.skipped) if self.active else ():
             if path.is_file():
-                kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+                kept = [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= step]
                 write_whole(path, "".join(line + "\n" for line in kept))
 
     def train(self, step: int, metrics: dict[str, float], records_per_s: float) -> None:
@@ -101,7 +101,7 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the line that was being written when the run was killed
+    except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
         return float("inf")
 
 
@@ -140,7 +140,7 @@ def write_report(out: Path, config: Config, log: RunLog, validator: Any, *, show
         title=html.escape(str(out)), preset=html.escape(config.preset), step=last["step"], numbers=numbers,
         parts="".join(parts), config=html.escape(config.to_json()),
     )  # fmt: skip
-    (out / "report.html").write_text(page)
+    write_whole(out / "report.html", page)
     console.print(summary(last, out))
     console.print(f"report: {out / 'report.html'}")
     return last

@@ -6,6 +6,7 @@ from typing import Any
 
 from dbeta import checkpoint
 from dbeta.config import Config
+from dbeta.files import write_whole
 from dbeta.runtime import environment
 
 # A run can be resumed with other values of these; any other change would make it a different run.
@@ -27,8 +28,8 @@ def open_run(out: Path, config: Config, resume: bool) -> Path | None:
             raise ValueError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (out / "config.json").write_text(config.to_json())
-            (out / "environment.json").write_text(json.dumps(environment(), indent=2))
+            write_whole(out / "environment.json", json.dumps(environment(), indent=2))
+            write_whole(out / "config.json", config.to_json())  # last: it makes the folder a run
         except OSError as error:
             raise ValueError(f"--out {out} cannot be written: {error}") from None
         return None

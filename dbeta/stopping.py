@@ -16,8 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """A context in which a signal is a request; repeating it changes nothing (launchers do), only SIGKILL is quicker.
 
-    The run ends after the step under way, a validation if one is due, and one checkpoint; with several ranks one step
-    later, since they agree by a message that travels while a step is computed.
+    The run ends after the step under way (one that has just begun: after its first), a validation if one is due, and
+    one checkpoint; with several ranks one step later, since they agree by a message that travels while a step is
+    computed.
     """
 
     def __init__(self, ranks: Ranks):

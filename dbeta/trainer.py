@@ -94,9 +94,20 @@ class Stepper:
 
 
 def train(
-    config: Config, corpus: Corpus, out: Path, *, resume: bool = False, show_examples: bool = False
+    config: Config,
+    corpus: Corpus,
+    out: Path,
+    *,
+    resume: bool = False,
+    show_examples: bool = False,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Pre-train on ``corpus`` and write the run folder ``out``; returns the last metrics, none if it was stopped.
+
+    Args:
+        resume: go on from the newest whole checkpoint of ``out``.
+        show_examples: show a record in the report even if it is not synthetic.
+        stop: what may ask for an end before the last step.
 
     Raises:
         ValueError: the corpus or the run folder does not fit the configuration.
@@ -139,7 +150,8 @@ def train(
     # --- the loop ----------------------------------------------------------------------------------------------------
     started, begun, stopped = time.perf_counter(), first, False
     writer = checkpoint.Writer(out / "checkpoints", config.train.keep_checkpoints)
-    with StopRequest(ranks) as stop, writer, log.progress(first) as progress:
+    stop = stop or StopRequest(ranks)
+    with writer, log.progress(first) as progress:
         for done, batches, raw, position in _batches(loader, host_maker, maker, config, device, ranks, first):
             torch.manual_seed(config.train.seed * 1_000_003 + done + (ranks.rank << 40))  # of dropout
             rate = learning_rate(done, config.train.steps, config.optim)

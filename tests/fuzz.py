@@ -156,7 +156,8 @@ def checkpoints(folder: Path) -> Callable[[random.Random], None]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    state = {"loader": {"epoch": 0}, "best": {"score": 0.0}, "counters": {"sums": {}}, "config": {}}
+    counters = {"sums": {}, "counted": 0, "skipped": [0, 0]}
+    state = {"loader": {"epoch": 0, "position": 1}, "best": {"score": 0.0, "step": 4}, "counters": counters}
     checkpoint.write(folder / "runs", 5, checkpoint.snapshot(model, optimizer), state, 2)
     model.save_pretrained(folder / "model")
     files = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]

@@ -49,6 +49,23 @@ def test_mistakes_are_named(override, message):
         Config.load("smoke", ["train.batch=2", override])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.ecg_layers=1000000000", "accepted: 1 to 256"),
+        ("model.width=0", "accepted: 1 to 1,048,576"),
+        ("model.samples=1000000000000", "accepted: 1 to 1,048,576"),
+        ("model.stem_layers=40", "leave no token of 5000 samples"),
+        ("data.workers=1000000", "accepted: 1 to 1,024"),
+        ("train.seed=-1", "accepted: 0 to"),
+        ("runtime.timeout_s=-1", "accepted: 0.001 to"),
+    ],
+)
+def test_sizes_have_limits(override, message):
+    with pytest.raises(ValueError, match=f"{override.partition('=')[0]} = .*{message}"):
+        Config.load("smoke", [override])
+
+
 def test_preset_files(tmp_path):
     (tmp_path / "mine.toml").write_text("[train]\nsteps = 7\n")
     assert Config.load(str(tmp_path / "mine.toml")).train.steps == 7

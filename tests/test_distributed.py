@@ -270,7 +270,9 @@ def saved_and_gone_on_with(ranks: Ranks, config: Config, folder: str):
         steppers[0].step(batches[step])
     tensors = checkpoint.snapshot(steppers[0].model, steppers[0].optimizer, wanted=ranks.first)
     if ranks.first:
-        checkpoint.write(Path(folder), 2, tensors, {"loader": {}, "best": {}, "counters": {}}, 1)
+        counters = {"sums": {}, "counted": 0, "skipped": [0, 0]}
+        state = {"loader": {"epoch": 0, "position": 2}, "best": {"score": 0.0, "step": 0}, "counters": counters}
+        checkpoint.write(Path(folder), 2, tensors, state, 1)
     ranks.any(torch.tensor(True))  # all wait for the first
     path = checkpoint.whole(Path(folder))[0]
     checkpoint.load(path, steppers[1].model, steppers[1].optimizer)

@@ -20,6 +20,7 @@ from dbeta.config import Config
 from dbeta.data.corpus import Corpus
 from dbeta.data.loader import make_loader
 from dbeta.models.dbeta import DBeta
+from dbeta.report import RunLog
 from dbeta.trainer import train
 from tests.test_pretrain import command, corpus, metrics, run  # noqa: F401 (fixtures)
 
@@ -144,6 +145,15 @@ def test_a_dead_rank_ends_the_run(corpus, tmp_path):  # noqa: F811
 # --- signals -------------------------------------------------------------------------------------------------------
 
 
+def test_a_signal_before_the_first_step_waits_for_it(corpus, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    process = start(command(corpus, out))
+    wait_until(process, lambda: (out / "config.json").is_file())
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by a signal: step 1 is saved" in ended(process)
+    assert [path.name for path in checkpoint.whole(out / "checkpoints")] == ["step-00000001"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_0(number, run, corpus, tmp_path):  # noqa: F811
     out = tmp_path / "out"
@@ -222,6 +232,40 @@ def test_a_checkpoint_cut_at_a_hundred_places_is_refused(run, tmp_path, capfd): 
         (path / "state.json").write_text("{}")
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         checkpoint.latest(folder)
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_one(run, tmp_path):  # noqa: F811
+    folder = tmp_path / "checkpoints"
+    before, newest = (Path(shutil.copytree(p, folder / p.name)) for p in checkpoint.whole(run / "checkpoints"))
+    (newest / "state.json").write_text("{}")
+    step = int(before.name[5:]) + 1  # gone on with, and stopped by a signal after a step
+    written = checkpoint.write(folder, step, {"model.safetensors": {}, "optimizer.safetensors": {}}, {}, keep=1)
+    assert checkpoint.whole(folder) == [written, newest] and checkpoint.latest(folder) == written
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"best": {}}, {"best": {"score": "x", "step": 3}}, {"counters": {}}, {"loader": {"epoch": 0}}, {"step": -7},
+        {"loader": {"epoch": -1, "position": 0}},
+    ],
+)  # fmt: skip
+def test_a_state_that_no_run_wrote_is_refused(change, run, tmp_path):  # noqa: F811
+    newest = Path(shutil.copytree(checkpoint.latest(run / "checkpoints"), tmp_path / "step-00000014"))
+    state = json.loads((newest / "state.json").read_text())
+    model = DBeta.from_pretrained(run)
+    assert checkpoint.load(newest, model) == state
+    (newest / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(ValueError, match=r"its state.json does not hold step, loader, best, counters"):
+        checkpoint.load(newest, model)
+
+
+def test_a_log_that_was_damaged_is_cut(tmp_path):
+    log = RunLog(tmp_path, 9)
+    lines = b'{"step": 1}\n5\n\xff\xfe\n\0\0\n{"step": 3}\n{"st'
+    log.path.write_bytes(lines)
+    log.truncate(2)
+    assert log.path.read_text() == '{"step": 1}\n'
 
 
 def test_soak_of_three_kills():

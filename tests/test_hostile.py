@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -21,15 +20,19 @@ import torch
 
 from dbeta import checkpoint
 from dbeta.config import Config
+from dbeta.data import corpus as corpus_module
 from dbeta.data import formats
 from dbeta.data.corpus import Corpus
 from dbeta.data.prepare import prepare
 from dbeta.data.records import read_record
+from dbeta.data.sources import read_csv
 from dbeta.data.tables import load_arrays
+from dbeta.evaluation.prompts import read_prompts
 from dbeta.models.dbeta import DBeta
 from dbeta.models.pretrained import load_text_weights
 from dbeta.models.released import import_checkpoint
-from tests.fuzz import LEADS, TARGETS
+from dbeta.use.find import find_records
+from tests.fuzz import LEADS
 from tests.models.small import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +78,9 @@ def test_the_record_is_good(record):
         ({"signal": "{file} 16 nan(0)/mV 16 0 0 {sum} 0 {lead}"}, "bad gain"),
         ({"signal": "{file} 16 200(99999999999)/mV 16 0 0 {sum} 0 {lead}"}, "unreadable header: baseline"),
         ({"signal": "{file} 16x500 200(0)/mV 16 0 0 {sum} 0 {lead}"}, "several samples per frame"),
+        ({"signal": "{file} 16:99999999 200(0)/mV 16 0 0 {sum} 0 {lead}"}, "unreadable header: skew"),
+        ({"line": "r 12 500 9999", "signal": "{file} 212 200(0)/mV 12 0 0 {sum} 0 {lead}"}, "2400 bytes, .* at least"),
+        ({"line": "r 12 500 40000000", "signal": "{file} 516 200(0)/mV 16 0 0 {sum} 0 {lead}"}, "too large: 480,000"),
         ({"file": "../../etc/passwd"}, "is not in the record's own folder"),
         ({"file": "/etc/passwd"}, "is not in the record's own folder"),
         ({"file": "..\\r.dat"}, "is not in the record's own folder"),
@@ -95,6 +101,12 @@ def test_a_header_without_end(record):
         file.write(b"#" + b"x" * (2 << 20))
     with pytest.raises(ValueError, match="unreadable header: longer than 1,048,576 bytes"):
         read_record(path)
+
+
+def test_a_header_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "r.hea")
+    with pytest.raises(ValueError, match=r"no header: r.hea is no file"):
+        read_record(tmp_path / "r.hea")
 
 
 def test_a_link_out_of_the_records_folder(record, tmp_path):
@@ -147,6 +159,38 @@ def test_hdf5_that_lies(tmp_path):
     (tmp_path / "exams.hdf5").write_bytes((tmp_path / "link.h5").read_bytes())
     with pytest.raises(ValueError, match="not in the file: tracings"):
         next(formats.read_tracings(tmp_path / "exams.hdf5", [0], units_per_mv=1.0))
+
+
+def test_exams_that_are_not_there(tmp_path):
+    """A few kilobytes that claim billions of exams, unpack to gigabytes at the first, or lie in another file."""
+    path, other, shape = tmp_path / "exams.hdf5", str(tmp_path / "other"), (9999, 4096, 12)
+    os.mkfifo(other)  # whoever opens it waits for ever
+    layout = h5py.VirtualLayout(shape, "f4")
+    layout[:] = h5py.VirtualSource(other, "tracings", shape)
+    for make, message in (
+        (lambda file: file.create_dataset("tracings", (1 << 34, *shape[1:]), "f4", chunks=(1, *shape[1:])), "17,179,8"),
+        (
+            lambda file: file.create_dataset("tracings", shape, "f4", chunks=shape),
+            "too large",
+        ),
+        (lambda file: file.create_virtual_dataset("tracings", layout), "lies in another one"),
+        (lambda file: file.__setitem__("tracings", h5py.ExternalLink(other, "tracings")), "a link to somewhere else"),
+        (lambda file: file.__setitem__("tracings", 3.0), "not numbers"),
+    ):
+        with h5py.File(path, "w") as file:
+            make(file)
+        with pytest.raises(ValueError, match=message):
+            formats.count_exams(path)
+
+
+def test_tables_of_paths(tmp_path):
+    for name, content in (("a.csv", b"path," + b"x" * 200_000), ("b.csv", b"path\n\xff\n"), ("c.txt", b"\xff\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is not a table of paths in UTF-8"):
+            find_records([tmp_path / name])
+    (tmp_path / "record_list.csv").write_bytes(b"x" * 200_000)
+    with pytest.raises(ValueError, match=r"record_list.csv is not a CSV table: field larger"):
+        read_csv(tmp_path / "record_list.csv", "path")
 
 
 def test_npz_bombs_and_lies(tmp_path):
@@ -238,6 +282,26 @@ def test_a_table_that_lies_about_lengths(corpus):
             Corpus.open(corpus).read_adc(0)
 
 
+def test_parquet_bombs(corpus, monkeypatch):
+    """Rows beyond number, or texts beyond size, in a table of kilobytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(corpus / "records.parquet").slice(0, 1).take(pa.array([0] * 100_000))
+    pq.write_table(table, corpus / "records.parquet")
+    described = json.loads((corpus / "corpus.json").read_text())
+    (corpus / "corpus.json").write_text(json.dumps(described | {"records": 100_000}))
+    with pytest.raises(ValueError, match="its shards cannot hold 100000 records"):
+        Corpus.open(corpus)
+    monkeypatch.setattr(corpus_module, "COLUMN_BYTES", 1 << 20)  # a smaller one, for the test's time
+    opened = Corpus(corpus, described | {"reports": 100})
+    table = pq.read_table(corpus / "reports.parquet").slice(0, 1).take(pa.array([0] * 100))
+    pq.write_table(table.set_column(1, "text", pa.array(["x" * 100_000] * 100)), corpus / "reports.parquet")
+    assert (corpus / "reports.parquet").stat().st_size < 100_000
+    with pytest.raises(ValueError, match="text unpacks to more than 1,048,576 bytes"):
+        opened.reports  # noqa: B018
+
+
 def test_text_that_is_no_text(tmp_path):
     for name, content, message in (
         ("nul.toml", b"[train]\nsteps = 3\0\n", "not valid TOML"),
@@ -248,6 +312,12 @@ def test_text_that_is_no_text(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             Config.load(str(tmp_path / name))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"--prompts .*deep.json: maximum recursion"):
+        read_prompts(tmp_path / "deep.json")
+    with pytest.raises(ValueError, match=r"deep.json cannot be read as JSON"):
+        torch.save({}, tmp_path / "empty.pt")
+        import_checkpoint(tmp_path / "empty.pt", tmp_path / "deep.json")
     (tmp_path / "record_list.csv").write_bytes(b"subject_id,study_id,path\n1,2,\xff\xfe\n")
     (tmp_path / "machine_measurements.csv").write_bytes(b"subject_id,study_id,report_0\n1,2,\x00sinus\n")
     with pytest.raises(ValueError, match=r"record_list.csv is not a CSV table"):
@@ -286,6 +356,21 @@ def test_pickles_are_not_run(tmp_path):
     assert not harmful.trace.exists()
 
 
+def test_released_checkpoints_that_claim_more_than_they_hold(tmp_path):
+    path, packed = tmp_path / "released.pt", tmp_path / "packed.pt"
+    torch.save({"class_embedding": torch.zeros(1, dtype=torch.half).expand(1 << 40)}, path)
+    with pytest.raises(ValueError, match="class_embedding claims more values than are stored"):
+        import_checkpoint(path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(ValueError, match=r"is a compressed archive, which torch.save never writes"):
+        import_checkpoint(packed)
+    packed.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is a compressed archive"):
+        load_text_weights(DBeta(SMALL), str(tmp_path))
+
+
 def _model_of(folder: Path) -> Path:
     (folder / "config.json").write_bytes((folder / "state.json").read_bytes())
     return folder
@@ -306,41 +391,3 @@ def test_a_model_folder_never_asks_the_hub(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="has no folder text_encoder"):
         DBeta.from_pretrained(tmp_path)
-
-
-# --- fuzzing -------------------------------------------------------------------------------------------------------
-
-
-def fuzz(target: str, seconds: float, seed: int) -> None:
-    command = [sys.executable, "-m", "tests.fuzz", target, str(seconds), str(seed)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds + 100, check=False)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["read"] > 0 and counts["refused"] > 0
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_fuzz_for_seconds(target):
-    fuzz(target, 2, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_fuzz_for_two_minutes(target):
-    fuzz(target, 120, int.from_bytes(os.urandom(3)))
-
-
-def test_the_fuzzer_finds_what_is_wrong(monkeypatch, tmp_path):
-    """A target that fails in the ways that count is found out."""
-    from tests import fuzz as module
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
-    monkeypatch.setattr(module, "SLOW_S", 0.05)
-    import time
-
-    for once in (lambda _: [][0], lambda _: time.sleep(0.1), lambda _: Path("../stray").write_text("")):
-        monkeypatch.setitem(module.TARGETS, "broken", lambda _, once=once: once)
-        assert module.main("broken", 5) == 1
-    monkeypatch.chdir(tmp_path)

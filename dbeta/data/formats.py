@@ -13,6 +13,7 @@ import numpy as np
 
 MAX_BYTES = 1 << 30  # a record that unpacks to more is damaged or hostile: a day of 12 leads at 500 Hz fits
 DEFLATE = 1032  # times smaller than its input is the most that zlib makes anything
+MAX_EXAMS = 1 << 22  # in one file; all of CODE are 2.3 million
 STANDARD = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 FLOAT_GAIN = 1000.0  # float sources become integers of 1 uV
 ROUNDING_UV = 0.5  # the most that this errs by
@@ -116,10 +117,12 @@ def bounded(file: Any, name: str, rows: int | None = None) -> Any:
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         raise ValueError(f"not in the file: {name} is missing, or a link to somewhere else")
     data = file[name]
-    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiu" or not data.shape or data.external:
-        raise ValueError(f"not numbers: {name} is no array of numbers of this file")
-    size = data.dtype.itemsize * math.prod(data.shape) * (1 if rows is None else rows / max(data.shape[0], 1))
-    if size > MAX_BYTES:
+    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiu" or not data.shape:
+        raise ValueError(f"not numbers: {name} is no array of numbers")
+    if data.external or data.is_virtual:
+        raise ValueError(f"not in the file: {name} lies in another one")
+    count = math.prod(data.shape) * (1 if rows is None else rows / max(data.shape[0], 1))
+    if data.dtype.itemsize * max(count, math.prod(data.chunks or (0,))) > MAX_BYTES:  # a chunk is unpacked as a whole
         raise ValueError(f"too large: {name} is {list(data.shape)}, more than a recording can be")
     return data
 
@@ -135,6 +138,8 @@ def read_tracings(path: Path, rows: Iterable[int], *, units_per_mv: float) -> It
 
     with h5py.File(path) as file:
         tracings = bounded(file, "tracings", rows=1)
+        if tracings.ndim != 3:
+            raise ValueError(f"missing leads: tracings {list(tracings.shape)}, expected [exams, samples, leads]")
         for row in rows:
             yield tracings[row].T / units_per_mv
 
@@ -146,9 +151,14 @@ def count_exams(path: Path) -> int | None:
     _must_exist(path)
     try:
         with h5py.File(path) as file:
-            return len(file["tracings"]) if "tracings" in file else None
+            if file.get("tracings", getlink=True) is None:
+                return None
+            exams = len(bounded(file, "tracings", rows=1))
     except OSError as error:
         raise ValueError(f"not an HDF5 file: {error}") from None
+    if exams > MAX_EXAMS:
+        raise ValueError(f"too large: {exams:,} exams in one file")
+    return exams
 
 
 def trim(raw: Raw) -> Raw:

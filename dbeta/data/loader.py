@@ -74,9 +74,9 @@ class Order:
         world: int = 1,
         parts: int = 1,
     ):
-        self.share = share_of(batch, rank, world, parts).numpy()
         if repeat and len(ids) < batch:
             raise ValueError(f"the split has {len(ids)} records, fewer than train.batch = {batch}; use a smaller batch")
+        self.share = share_of(batch, rank, world, parts).numpy()
         self.ids, self.batch, self.seed = ids, batch, seed
         self.shuffle, self.repeat = shuffle, repeat
         self.epoch = self.position = 0

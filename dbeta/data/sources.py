@@ -45,7 +45,10 @@ def read_csv(path: Path, *columns: str, optional: str = "") -> pa.Table:
     if not path.is_file():
         raise ValueError(f"{path} is missing; give the folder that holds it as ROOT")
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        names = next(csv.reader(file), [])
+        try:
+            names = next(csv.reader(file), [])
+        except csv.Error as error:
+            raise ValueError(f"{path} is not a CSV table: {error}") from None
     missing = [column for column in columns if column not in names]
     if missing:
         raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names[:12])}")

@@ -8,9 +8,11 @@ import numpy as np
 
 from dbeta.data.corpus_writer import Plan, Row
 from dbeta.data.formats import (
+    MAX_EXAMS,
     ROUNDING_UV,
     STANDARD,
     Raw,
+    bounded,
     count_exams,
     from_float,
     read_code15_mat,
@@ -76,13 +78,13 @@ def vote_limb_order(exams: Iterator[np.ndarray], enough: int = 100) -> list[int]
 
 
 def _exams(path: Path) -> int:
-    import h5py
-
     try:
-        with h5py.File(path) as file:
-            return len(file["tracings"])
-    except (OSError, KeyError) as error:
+        exams = count_exams(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not a CODE file: {error}") from None
+    if exams is None:
+        raise ValueError(f"{path} is not a CODE file: it holds no tracings")
+    return exams
 
 
 def read_exam(path: Path, row: int) -> Raw:
@@ -137,9 +139,12 @@ def _code_15_parts(root: Path) -> Plan:
     for path in sorted(root.glob("exams_part*.hdf5")):
         try:
             with h5py.File(path) as file:
-                places |= {str(exam): f"{path.name}#{row}" for row, exam in enumerate(file["exam_id"][:].tolist())}
-        except (OSError, KeyError) as error:
+                ids = bounded(file, "exam_id")[: MAX_EXAMS + 1].tolist()
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a CODE-15 file: {error}") from None
+        if len(ids) > MAX_EXAMS:
+            raise ValueError(f"{path} is not a CODE-15 file: it names more than {MAX_EXAMS:,} exams")
+        places |= {str(exam): f"{path.name}#{row}" for row, exam in enumerate(ids)}
     rows = []
     for exam in read_csv(root / "exams.csv", "exam_id", "patient_id", *CLASSES).to_pylist():
         place = places.get(exam["exam_id"])

@@ -14,12 +14,13 @@ import numpy as np
 from dbeta.data.formats import Raw, load_mat, narrowed
 
 # What claims more is damaged or hostile.
-MAX_SIGNALS, MAX_SAMPLES, MAX_HEADER_BYTES = 64, 50_000_000, 1 << 20
+MAX_SIGNALS, MAX_SAMPLES, MAX_HEADER_BYTES, MAX_SKEW = 64, 50_000_000, 1 << 20, 10_000
 GAINS = (1e-6, 1e12)  # units per mV; beyond, float32 millivolts or their squares overflow
 PLAIN = {"16": "<i2", "61": ">i2", "32": "<i4"}
 # Bits of each format; the lowest value of these is "no sample". Format 8, differences, has no such value.
 BITS = {"80": 8, "508": 8, "310": 10, "311": 10, "212": 12, "24": 24, "524": 24}
 BITS |= dict.fromkeys(("16", "61", "160", "516"), 16)
+FLAC, MAX_UNPACKED = ("508", "516", "524"), 1 << 27  # formats of any compression; samples that wfdb may hold, as int64
 PER_MV = {"mv": 1.0, "uv": 1e3, "µv": 1e3, "μv": 1e3, "v": 1e-3}
 MAT_V4_BYTES = 24  # header of a MATLAB 4 matrix named "val"
 _RECORD = re.compile(r"(\S+)\s+(\d+)(?:\s+([\d.]+)(?:[/(]\S*)?(?:\s+(\d+)(?:\s.*)?)?)?")
@@ -112,6 +113,8 @@ def read_header(path: Path) -> Header:
         ValueError: "reason: detail".
     """
     path = path if path.suffix == ".hea" else path.with_name(path.name + ".hea")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"no header: {path.name} is no file")  # a pipe would keep us waiting
     try:
         with path.open("rb") as file:
             content = file.read(MAX_HEADER_BYTES + 1)
@@ -162,6 +165,8 @@ def _signal(line: str) -> Signal:
     baseline = int(fields["baseline"] or fields["zero"] or 0)
     if abs(baseline) >= 2**31:
         raise ValueError(f"unreadable header: baseline of {line[:60]!r}")
+    if int(fields["skew"] or 0) > MAX_SKEW:
+        raise ValueError(f"unreadable header: skew of {line[:60]!r}")
     if int(fields["per_frame"] or 1) != 1:
         raise ValueError(f"several samples per frame: {line[:60]!r} is not supported")
     skewed = bool(int(fields["skew"] or 0))  # wfdb shifts such a signal, so its checksum is not that of what we get
@@ -200,9 +205,23 @@ def _read_mat_v5(path: Path, signals: int, samples: int | None) -> np.ndarray:
     return codes
 
 
+def _check_claim(header: Header) -> None:
+    """Refuse what wfdb would make room for although the files cannot hold it."""
+    values = len(header.signals) * (header.samples or 0)
+    if values > MAX_UNPACKED:
+        raise ValueError(f"too large: {values:,} samples in a packed format, more than {MAX_UNPACKED:,}")
+    for file in {signal.file for signal in header.signals}:
+        bits = sum(BITS.get(signal.format, 8) for signal in header.signals if signal.file == file)
+        packed = any(signal.format in FLAC for signal in header.signals if signal.file == file)
+        size, least = (header.path.parent / file).stat().st_size, bits * (header.samples or 0) // 8
+        if size < least and not packed:
+            raise ValueError(f"truncated signal file: {file} has {size} bytes, its header needs at least {least}")
+
+
 def _read_with_wfdb(header: Header) -> np.ndarray:
     import wfdb
 
+    _check_claim(header)
     try:
         record = wfdb.rdrecord(str(header.path.with_suffix("")), physical=False)
     except Exception as error:  # wfdb raises whatever a damaged file provokes

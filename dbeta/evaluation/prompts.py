@@ -82,7 +82,7 @@ def prompts_for(corpus: "Corpus") -> dict[str, tuple[str, ...]]:
 def _read(path: Path) -> dict:
     try:
         texts = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"--prompts {path}: {error}; give descriptions, names, or a JSON file {{label: text}}"
         ) from None

@@ -193,6 +193,8 @@ def _t5_tensors(folder: Path, options: str) -> dict[str, Tensor]:
         for file in sorted(folder.glob("*.safetensors")):
             stored |= load_file(file)
         if not stored:
+            if problem := foreign(folder / "pytorch_model.bin"):
+                raise OSError(f"pytorch_model.bin {problem}")
             stored = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(

@@ -273,13 +273,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     stored = stored[key]
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # pickle.UnpicklingError: the file holds more than tensors
+    except Exception:  # pickle.UnpicklingError, whose advice is to read it without weights_only
         raise ValueError(
-            f"checkpoint {path} holds more than tensors and is not read, since that could run code "
-            f"({str(error).splitlines()[0]}); save its state dict alone, best as .safetensors"
+            f"checkpoint {path} holds more than tensors and is not read, since that could run code; "
+            "save its state dict alone, best as .safetensors"
         ) from None
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
         raise ValueError(f"checkpoint {path} is not a dictionary of tensors; give the released .pt or .safetensors")
+    if larger := [n for n, t in stored.items() if t.numel() * t.itemsize > t.untyped_storage().nbytes()]:
+        raise ValueError(f"checkpoint {path}: {larger[0]} claims more values than are stored")
     for new, old in _NEW_NORM.items():
         stored = {name.replace(new, old): tensor for name, tensor in stored.items()}
     settings = _settings(text, f"checkpoint {path}: its metadata cfg")

@@ -85,8 +85,6 @@ def _rows(table: Path, column: str) -> Iterator[str]:
 
 
 def _column(table: Path, column: str) -> list[str]:
-    if table.suffix == ".txt":
-        return table.read_text().splitlines()
     if table.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -96,10 +94,15 @@ def _column(table: Path, column: str) -> list[str]:
             return pq.read_table(table, columns=[_choose(names, column, table)]).column(0).to_pylist()
         except pa.ArrowException as error:
             raise ValueError(f"{table} is not a Parquet table: {error}") from None
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
-        chosen = _choose(rows.fieldnames or [], column, table)
-        return [row[chosen] for row in rows]
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            if table.suffix == ".txt":
+                return file.read().splitlines()
+            rows = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
+            chosen = _choose(rows.fieldnames or [], column, table)
+            return [row[chosen] for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{table} is not a table of paths in UTF-8: {error}") from None
 
 
 def _choose(names: Iterable[str], column: str, table: Path) -> str:
