@@ -1,5 +1,7 @@
 """SIGTERM and SIGUSR1 end a run between two steps, on all ranks after the same one, with a checkpoint."""
 
+import contextlib
+import ctypes
 import signal
 import threading
 from types import FrameType
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from dbeta.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class StopRequest:
@@ -29,6 +32,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python has no say over signals
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            if self.ranks.world > 1:
+                _end_with_parent()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,3 +56,9 @@ class StopRequest:
     def _ask(self) -> tuple[torch.Tensor, dist.Work]:
         flag = torch.tensor(int(self.received))
         return flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+
+
+def _end_with_parent() -> None:
+    """Have Linux send us SIGTERM when torchrun dies, as it does of SIGUSR1, which it does not pass on."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)

@@ -181,6 +181,17 @@ def test_sigterm_to_torchrun_saves_once_on_all_ranks(corpus, tmp_path):  # noqa:
     assert checkpoint.latest(out / "checkpoints").name == f"step-{step:08d}"
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_ranks_whose_torchrun_has_died_save_and_end(number, corpus, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    process = start([*command(corpus, out), *settings("train.steps=100000", "train.eval_every=90000")], ranks=2)
+    wait_until(process, lambda: (out / "metrics.jsonl").is_file() and len(metrics(out)) > 0)
+    process.send_signal(number)
+    output = ended(process, code=-number, timeout=40)  # its ranks hold the other end: they have ended too
+    step = int(output.split("stopped by a signal: step ")[-1].split()[0])
+    assert checkpoint.latest(out / "checkpoints").name == f"step-{step:08d}"
+
+
 # --- the disk ------------------------------------------------------------------------------------------------------
 
 
