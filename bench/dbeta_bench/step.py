@@ -34,7 +34,7 @@ DENSE = {"kernels": "reference", "attention": "reference", "removals": False, "p
 PROVIDERS: dict[str, dict[str, Any]] = {
     "reference": DENSE,
     "compiled reference": {"kernels": "reference", "attention": "sdpa", "removals": False, "compile": True},
-    "removals": {"kernels": "reference", "removals": True},
+    "removals": {"kernels": "reference", "removals": True},  # but the positional convolution, which is an operator
     "fused": {"kernels": "auto", "removals": True},
     "fused + compile": {"kernels": "auto", "removals": True, "compile": True},
 }
@@ -213,7 +213,7 @@ def run(
 
     Args:
         workloads: none: real and uniform64, and on a GPU also uniform40 and uniform128.
-        providers: none: reference and removals; on a GPU all.
+        providers: none: reference, removals and fused (on a CPU: the operators' forms for it); on a GPU all.
         batch: records per step; none: 8, on a GPU 128.
         alternations: timed turns of each provider, after one that is not counted (it compiles).
         overrides: ``section.key=value`` of the configuration, as for ``dbeta-pretrain --set``.
@@ -224,7 +224,7 @@ def run(
     where = torch.device(device)
     gpu = where.type == "cuda"
     workloads = workloads or (("uniform40", "real", "uniform64", "uniform128") if gpu else ("real", "uniform64"))
-    providers = providers or (tuple(PROVIDERS) if gpu else ("reference", "removals"))
+    providers = providers or (tuple(PROVIDERS) if gpu else ("reference", "removals", "fused"))
     if unknown := [name for name in providers if name not in PROVIDERS]:
         raise ValueError(f"provider {', '.join(unknown)}; accepted: {', '.join(PROVIDERS)}")
     batch = batch or (128 if gpu else 8)
