@@ -1,18 +1,18 @@
 """Raw records of the float data sets as integers, and what every reader returns before leads are put in order."""
 
 import math
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 MAX_BYTES = 1 << 30  # a record that unpacks to more is damaged or hostile: a day of 12 leads at 500 Hz fits
-DEFLATE = 1032  # times smaller than its input is the most that zlib makes anything
+MAX_ELEMENTS = 4000  # of a MATLAB file: an array has four or more, a record a few arrays
+MATRIX, COMPRESSED = 14, 15  # of MATLAB's kinds of elements
 MAX_EXAMS = 1 << 22  # in one file; all of CODE are 2.3 million
 STANDARD = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 FLOAT_GAIN = 1000.0  # float sources become integers of 1 uV
@@ -186,28 +186,45 @@ def load_mat(path: Path) -> dict:
 
 
 def _check_unpacked(path: Path) -> None:
-    """Refuse a MATLAB 5 file whose compressed elements unpack to more than ``MAX_BYTES``, without unpacking more."""
-    total = path.stat().st_size
-    if total * DEFLATE <= MAX_BYTES:
-        return
+    """Refuse a MATLAB 5 file that scipy would not survive: one that unpacks to more than ``MAX_BYTES``, or whose cells
+    lie in one another by the thousand, which it reads by recursion. Nothing more than that is unpacked."""
     with path.open("rb") as file:
-        start = file.read(128)
-        order = {b"IM": "<", b"MI": ">"}.get(start[126:128])
-        while order and len(tag := file.read(8)) == 8 and total <= MAX_BYTES:
-            kind, size = struct.unpack(f"{order}II", tag)
-            if kind != 15:  # miCOMPRESSED
-                file.seek(size, os.SEEK_CUR)
-                continue
-            unpacker, left = zlib.decompressobj(), size
-            while left > 0 and not unpacker.eof and total <= MAX_BYTES and (packed := file.read(min(left, 1 << 16))):
-                left -= len(packed)
-                try:
-                    total += len(unpacker.decompress(packed))
-                except zlib.error as error:
-                    raise ValueError(f"not a MATLAB file: {error}") from None
-            file.seek(left, os.SEEK_CUR)
-    if total > MAX_BYTES:
-        raise ValueError(f"too large: {path.name} unpacks to more than {MAX_BYTES:,} bytes")
+        order = {b"IM": "<", b"MI": ">"}.get(file.read(128)[126:128])
+        if not order:
+            return
+        total = elements = skip = 0
+        pending = bytearray()
+        for piece in _unpacked(file, order):
+            total += len(piece)
+            if total > MAX_BYTES:
+                raise ValueError(f"too large: {path.name} unpacks to more than {MAX_BYTES:,} bytes")
+            pending += piece[skip:]
+            skip, at = max(0, skip - len(piece)), 0
+            while at + 8 <= len(pending):
+                kind, size = struct.unpack_from(f"{order}II", pending, at)
+                at += (
+                    8 if kind == MATRIX or kind >> 16 else 8 + size + -size % 8
+                )  # a matrix is entered, others are not
+                elements += 1
+            if elements > MAX_ELEMENTS:
+                raise ValueError(f"too large: {path.name} has more than {MAX_ELEMENTS:,} elements")
+            skip += max(0, at - len(pending))
+            del pending[:at]
+
+
+def _unpacked(file: BinaryIO, order: str) -> Iterator[bytes]:
+    """The elements that follow a MATLAB 5 header as one stream, in pieces, with those unpacked that are compressed."""
+    while len(tag := file.read(8)) == 8:
+        kind, left = struct.unpack(f"{order}II", tag)
+        unpacker = zlib.decompressobj() if kind == COMPRESSED else None
+        if not unpacker:
+            yield tag
+        while left > 0 and (piece := file.read(min(left, 1 << 16))):
+            left -= len(piece)
+            try:
+                yield unpacker.decompress(piece) if unpacker else piece
+            except zlib.error as error:
+                raise ValueError(f"not a MATLAB file: {error}") from None
 
 
 def _must_exist(path: Path) -> None:

@@ -1,5 +1,7 @@
 """Raw records of every form, with the traps that real data sets hold, against wfdb and scipy."""
 
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,3 +218,16 @@ def test_one_flipped_bit_is_noticed(tmp_path):
     (tmp_path / "r1.dat").write_bytes(content)
     with pytest.raises(ValueError, match=r"^checksum: "):
         read_wfdb(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cells_in_cells_do_not_end_the_process(tmp_path, packed):
+    """scipy reads them by recursion in C: 20,000 were a segmentation fault."""
+    cell = struct.pack("<10I", 6, 8, 1, 0, 5, 8, 1, 1, 1, 0)  # flags, size 1 x 1, no name
+    body = b"".join(struct.pack("<II", 14, 48 * left) + cell for left in range(20_000, 0, -1))
+    if packed:
+        body = zlib.compress(body)
+        body = struct.pack("<II", 15, len(body)) + body
+    (tmp_path / "A1.mat").write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 0x100, b"IM") + body)
+    with pytest.raises(ValueError, match=r"too large: A1.mat has more than 4,000 elements"):
+        read_record(tmp_path / "A1.mat")
