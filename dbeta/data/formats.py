@@ -202,9 +202,7 @@ def _check_unpacked(path: Path) -> None:
             skip, at = max(0, skip - len(piece)), 0
             while at + 8 <= len(pending):
                 kind, size = struct.unpack_from(f"{order}II", pending, at)
-                at += (
-                    8 if kind == MATRIX or kind >> 16 else 8 + size + -size % 8
-                )  # a matrix is entered, others are not
+                at += 8 if kind == MATRIX or kind >> 16 else 8 + size + -size % 8  # a matrix is entered, others are not
                 elements += 1
             if elements > MAX_ELEMENTS:
                 raise ValueError(f"too large: {path.name} has more than {MAX_ELEMENTS:,} elements")
