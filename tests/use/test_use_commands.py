@@ -121,7 +121,10 @@ def test_finding(mixed, tmp_path):
     assert len(find_records([mixed / "list.txt", mixed / "table.csv"])) == 2
     with pytest.raises(ValueError, match=r"has no column name; it has id, path; choose one with --column"):
         find_records([mixed / "table.csv"], "name")
-    for name, content, words in (("e.csv", b"", "it has none; choose"), ("b.txt", b"\xff\xfe\x00", "not a table of paths in UTF-8")):
+    for name, content, words in (
+        ("e.csv", b"", "it has none; choose"),
+        ("b.txt", b"\xff\xfe\x00", "not a table of paths"),
+    ):
         (mixed / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name} .*{words}"):
             find_records([mixed / name])
