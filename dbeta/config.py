@@ -25,10 +25,14 @@ COUNTS = (
 )  # fmt: skip
 SHARES = (
     "data.lead_keep_probability", "data.negative_fraction", "loss.mlm_probability", "loss.mlm_mask", "loss.mlm_random",
-    "optim.warmup", "optim.hold", "optim.decay",
+    "optim.warmup", "optim.hold", "optim.decay", "optim.initial_scale", "model.dropout", "model.attention_dropout",
 )  # fmt: skip
+SUMS = (("optim.warmup", "optim.hold", "optim.decay"), ("loss.mlm_mask", "loss.mlm_random"))  # shares of one whole
+POSITIVE = ("loss.mlm", "loss.mem", "loss.etm", "loss.ets", "optim.lr", "optim.weight_decay", "optim.clip")
 RANGES = {
-    **dict.fromkeys(COUNTS, (1, math.inf)), **dict.fromkeys(SHARES, (0, 1)), "data.workers": (1, 1024),
+    **dict.fromkeys(COUNTS, (1, math.inf)), **dict.fromkeys(SHARES, (0, 1)), **dict.fromkeys(POSITIVE, (0, math.inf)),
+    **dict.fromkeys(("optim.beta1", "optim.beta2"), (0, 0.999999)), "optim.eps": (1e-30, 1),
+    "optim.final_scale": (1e-9, 1), "model.leads": (12, 12), "data.workers": (1, 1024),
     "train.seed": (0, 1 << 40), "runtime.timeout_s": (1e-3, 1e7),
 }  # fmt: skip
 MOST, MOST_LAYERS = 1 << 20, 256  # sizes of a network: what claims more is a slip, or hostile
@@ -248,11 +252,15 @@ def _check_values(config: "Config") -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{dotted} = {value}; accepted: a finite number")
             low, high = RANGES.get(dotted, (-math.inf, math.inf))
-            if part is config.model and type(value) is int and dotted != "model.mem_tap":
+            if part is config.model and type(value) is int and dotted not in (*RANGES, "model.mem_tap"):
                 low, high = 1, MOST_LAYERS if dotted.endswith("_layers") else MOST
             if isinstance(value, int | float) and not low <= value <= high:
                 accepted = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:,}"
-                raise ValueError(f"{dotted} = {value}; accepted: {accepted}")
+                raise ValueError(f"{dotted} = {value}; accepted: {f'{low:g}' if low == high else accepted}")
+    for parts in SUMS:
+        total = sum(getattr(getattr(config, section), key) for section, key in (part.split(".") for part in parts))
+        if total > 1 + 1e-9:
+            raise ValueError(f"{' + '.join(parts)} = {total:g}; accepted: at most 1, they are shares of one whole")
     if config.model.ecg_tokens < 1:
         raise ValueError(
             f"model.stem_layers = {config.model.stem_layers} leave no token of {config.model.samples} samples"

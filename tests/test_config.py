@@ -1,5 +1,6 @@
 """Configuration: presets load, overrides are typed, and a mistake names the key and the nearest valid one."""
 
+import dataclasses
 import json
 
 import pytest
@@ -59,11 +60,43 @@ def test_mistakes_are_named(override, message):
         ("data.workers=1000000", "accepted: 1 to 1,024"),
         ("train.seed=-1", "accepted: 0 to"),
         ("runtime.timeout_s=-1", "accepted: 0.001 to"),
+        ("optim.lr=-1", "accepted: 0 or more"),
+        ("optim.final_scale=0", "accepted: 1e-09 to 1"),
+        ("optim.beta2=1", "accepted: 0 to 0.999999"),
+        ("loss.ets=-1", "accepted: 0 or more"),
+        ("model.dropout=1.5", "accepted: 0 to 1"),
+        ("model.leads=8", "accepted: 12$"),
     ],
 )
 def test_sizes_have_limits(override, message):
     with pytest.raises(ValueError, match=f"{override.partition('=')[0]} = .*{message}"):
         Config.load("smoke", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.warmup=0.6", "optim.hold=0.6"], r"optim.warmup \+ optim.hold \+ optim.decay = 1.5; accepted: at most 1"),
+        (["loss.mlm_mask=0.7", "loss.mlm_random=0.5"], r"loss.mlm_mask \+ loss.mlm_random = 1.2; accepted: at most 1"),
+    ],
+)
+def test_shares_of_one_whole(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        Config.load("smoke", overrides)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mem_width": 49, "mem_heads": 7}, "model.mem_width = 49; accepted: even numbers"),
+        ({"samples": 10_000}, "model.samples = 10000 are 625 tokens .*at most 511"),
+    ],
+)
+def test_sizes_that_the_reconstruction_head_cannot_take(change, message):
+    from dbeta.models.dbeta import check_config
+
+    with pytest.raises(ValueError, match=message):
+        check_config(dataclasses.replace(Config.load("paper").model, **change))
 
 
 def test_preset_files(tmp_path):

@@ -10,7 +10,7 @@ from dbeta.config import ModelConfig, RuntimeConfig
 from dbeta.models.attention import Rows, resolve_backend
 from dbeta.models.ecg_encoder import ConvStem, EcgEncoder, PositionalConv
 from dbeta.models.fusion import Fusion
-from dbeta.models.heads import MemHead, MlmHead, Pooler
+from dbeta.models.heads import POSITIONS, MemHead, MlmHead, Pooler
 from dbeta.models.inference import Inference
 from dbeta.models.layers import Attention
 from dbeta.models.text_encoder import SelfAttention, T5Encoder, make_text_encoder
@@ -207,6 +207,13 @@ def check_config(config: ModelConfig) -> None:
             raise ValueError(
                 f"model.{size} = {getattr(config, size)} is not a multiple of model.{parts} = {getattr(config, parts)}"
             )
+    if config.mem_width % 2:
+        raise ValueError(f"model.mem_width = {config.mem_width}; accepted: even numbers, half sines and half cosines")
+    if config.ecg_tokens >= POSITIONS:
+        raise ValueError(
+            f"model.samples = {config.samples} are {config.ecg_tokens} tokens after model.stem_layers = "
+            f"{config.stem_layers}; accepted: at most {POSITIONS - 1} tokens, use more layers"
+        )
     if not -1 <= config.mem_tap < config.fusion_layers:
         raise ValueError(
             f"model.mem_tap = {config.mem_tap}; accepted: 0 to {config.fusion_layers - 1} (the input of that fusion "
