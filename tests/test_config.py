@@ -76,7 +76,10 @@ def test_sizes_have_limits(override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim.warmup=0.6", "optim.hold=0.6"], r"optim.warmup \+ optim.hold \+ optim.decay = 1.5; accepted: at most 1"),
+        (
+            ["optim.warmup=0.6", "optim.hold=0.6"],
+            r"optim.warmup \+ optim.hold \+ optim.decay = 1.5; accepted: at most 1",
+        ),
         (["loss.mlm_mask=0.7", "loss.mlm_random=0.5"], r"loss.mlm_mask \+ loss.mlm_random = 1.2; accepted: at most 1"),
     ],
 )
