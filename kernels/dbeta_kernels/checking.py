@@ -7,12 +7,15 @@ smallest normal number.
 """
 
 import contextlib
+import functools
 import inspect
 import linecache
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
 from dbeta_kernels.registry import Inputs, KernelSpec, Mutant
 
@@ -61,16 +64,15 @@ def evaluate(function: Callable, inputs: Inputs, differentiable: tuple[str, ...]
     return results
 
 
-def check(
-    spec: KernelSpec,
-    inputs: Inputs,
-    dtype: torch.dtype,
-    *,
-    backend: str = "fused",
-    paper: bool = False,
-    slack: float = 0.0,
-) -> None:
-    """Hold ``spec.function`` to the budget on ``inputs`` of dtype ``dtype``.
+def check(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, *, backend: str = "fused", **options) -> None:
+    """Hold ``spec.function`` to the budget on ``inputs`` of dtype ``dtype``; options and errors of ``judge``."""
+    judge(spec, inputs, dtype, **options)(functools.partial(spec.function, backend=backend))
+
+
+def judge(
+    spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, *, paper: bool = False, slack: float = 0.0
+) -> Callable[[Callable], None]:
+    """A function that holds any implementation, called as ``implementation(**inputs)``, to the budget of ``spec``.
 
     Args:
         paper: the truth is ``spec.truth``, where there is one.
@@ -79,21 +81,21 @@ def check(
             is right by luck.
 
     Raises:
-        AssertionError: naming the output, the element and by how much the budget is exceeded.
+        AssertionError: (the returned function) naming the output, the element and by how much the budget is exceeded.
     """
-
-    def kernel(**given):
-        return spec.function(**given, backend=backend)
-
-    actual = evaluate(kernel, inputs, spec.differentiable)
     reference = evaluate(spec.reference, inputs, spec.differentiable)
     truth = evaluate((paper and spec.truth) or spec.reference, to_float64(inputs), spec.differentiable)
     moves = 3 if slack else 0
     nearby = [evaluate(spec.reference, _nearby(inputs, dtype, seed), spec.differentiable) for seed in range(moves)]
-    for name in truth:
-        moved = [(near[name] - truth[name]).nan_to_num(posinf=0).square().mean() for near in nearby]
-        extra = slack * float(torch.stack(moved).mean().sqrt()) if moved and truth[name].numel() else 0.0
-        assert_budget(name, actual[name], reference[name], truth[name], spec.tolerance[dtype], extra)
+
+    def hold(implementation: Callable) -> None:
+        actual = evaluate(implementation, inputs, spec.differentiable)
+        for name in truth:
+            moved = [(near[name] - truth[name]).nan_to_num(posinf=0).square().mean() for near in nearby]
+            extra = slack * float(torch.stack(moved).mean().sqrt()) if moved and truth[name].numel() else 0.0
+            assert_budget(name, actual[name], reference[name], truth[name], spec.tolerance[dtype], extra)
+
+    return hold
 
 
 def _nearby(inputs: Inputs, dtype: torch.dtype, seed: int) -> Inputs:
@@ -186,6 +188,62 @@ def poisoned_empty() -> Iterator[None]:
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
         yield
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """In the interpreter, a load or store outside the tensors that a kernel was given fails, whatever becomes of it.
+
+    Without a mask a kernel reads its neighbour's memory; what it read there is often masked later or multiplied by 0,
+    and on a GPU it still ends in an illegal access one day. A masked load without ``other`` gives NaN.
+
+    Raises:
+        AssertionError: all pointers of one access have to lie in one tensor, and these do not.
+    """
+    given: list[tuple[int, int]] = []
+    run = GridExecutor.__call__
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
+
+    def running(self, *args, **kwargs):
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.numel()]
+        given[:] = [(t.data_ptr(), t.data_ptr() + _extent(t) * t.itemsize) for t in tensors]
+        return run(self, *args, **kwargs)
+
+    def accessed(ptrs, mask, what):
+        read = ptrs.data[mask.data.astype(bool)]
+        if read.size:
+            first, last = int(read.min()), int(read.max())
+            if not any(start <= first and last < end for start, end in given):
+                raise AssertionError(f"outside of every tensor given: a {what}")
+
+    def loading(ptrs, mask, other, *options, **named):
+        accessed(ptrs, mask, "load")
+        result = load(ptrs, mask, other, *options, **named)
+        if other is None and result.data.dtype.kind == "f":
+            result.data[~mask.data.astype(bool)] = float("nan")
+        return result
+
+    def storing(ptrs, value, mask, *options, **named):
+        accessed(ptrs, mask, "store")
+        return store(ptrs, value, mask, *options, **named)
+
+    with (
+        mock.patch.object(GridExecutor, "__call__", running),
+        mock.patch.object(interpreter_builder, "create_masked_load", loading),
+        mock.patch.object(interpreter_builder, "create_masked_store", storing),
+    ):
+        try:
+            yield
+        except InterpreterError as error:  # one for each function that called another
+            cause = error
+            while isinstance(cause, InterpreterError) and cause.__cause__:
+                cause = cause.__cause__
+            raise cause from None
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last in memory."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
 
 
 @contextlib.contextmanager

@@ -270,7 +270,7 @@ register(
             "paper width": {"records": 2, "samples": 246, "layers": 2},
             "tiny model": {"records": 2, "samples": 507, "width": 16},
             "ragged": {"records": 3, "leads": 5, "samples": 123, "width": 70, "layers": 3},
-            "one convolution": {"records": 1, "leads": 3, "samples": 25, "width": 8, "layers": 1},
+            "one convolution": {"records": 1, "leads": 3, "samples": 25, "width": 5, "layers": 1},
             "one token": {"records": 1, "samples": 31, "width": 32},
             "several tiles": {"records": 1, "samples": 1250, "width": 16, "layers": 2},
             "large offset": {"records": 2, "samples": 252, "width": 32, "offset": 5.0},

@@ -314,8 +314,8 @@ register(
             "block": {"rows": 6, "columns": 18, "width": 48, "offset": 6},
             "others": {"rows": 6, "columns": 12, "width": 48, "diagonal": False, "reports": 4, **_POSITIVE},
             "large": {
-                "rows": 2100,
-                "columns": 5,
+                "rows": 2100,  # two chunks of rows, two tiles of columns
+                "columns": 131,
                 "width": 24,
                 "tensors": True,
                 "scale": 0.7,

@@ -30,12 +30,12 @@ def gelu_slope(v):
 
 @triton.jit
 def load_patches(ecg, record, step, inside, LEADS: tl.constexpr, SAMPLES: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Patches of ``step`` [T, BLOCK_J] with a 1 in column 2 LEADS; 0 outside."""
+    """Patches of ``step`` [T, BLOCK_J] with a 1 in column 2 LEADS; samples of steps outside are 0."""
     j = tl.arange(0, BLOCK_J)
     start = ecg + record.to(tl.int64) * (LEADS * SAMPLES)
     sample = (j // 2)[None, :] * SAMPLES + (j % 2)[None, :] + 2 * step[:, None]
     x = tl.load(start + sample, mask=inside[:, None] & (j < 2 * LEADS)[None, :], other=0.0)
-    return tl.where((j == 2 * LEADS)[None, :] & inside[:, None], 1.0, x).to(x.dtype)
+    return tl.where((j == 2 * LEADS)[None, :], 1.0, x).to(x.dtype)
 
 
 @triton.jit

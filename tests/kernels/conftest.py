@@ -5,6 +5,7 @@ other test down: so these tests have a pytest run of their own, ``pytest tests/k
 GPU machine unless TRITON_INTERPRET=1 is set there, the interpreted tests are skipped and say so.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,16 @@ def interpreter():
 
     if not INTERPRETED:
         pytest.skip("triton was imported without TRITON_INTERPRET=1; run: pytest tests/kernels")
+
+
+@pytest.fixture(autouse=True)
+def guarded():
+    """In the interpreter, no kernel may touch memory that it was not given."""
+    from dbeta_kernels.checking import guarded
+    from dbeta_kernels.launch import INTERPRETED
+
+    with guarded() if INTERPRETED else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

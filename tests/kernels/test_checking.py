@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from dbeta_kernels.checking import assert_budget, check, poisoned_empty, strided
+from dbeta_kernels.checking import assert_budget, check, guarded, poisoned_empty, strided
 from dbeta_kernels.registry import specs
 
 TRUTH = torch.tensor([1.0, -2.0, 0.0, 4.0], dtype=torch.float64)
@@ -76,6 +78,33 @@ def test_poison_shows_unwritten_elements():
         assert torch.ones(2).new_empty(3).isnan().all()
         assert (torch.empty(2, dtype=torch.int32) == 2**31 - 1).all()
     assert torch.empty.__name__ == "empty"
+
+
+@triton.jit
+def _copy(x, out, n, read, written, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value = tl.load(x + i, mask=i < read)
+    tl.store(out + i, tl.where(i < n, value, 0.0), mask=i < written)
+
+
+def test_memory_of_others_is_not_touched(interpreter):
+    """A read one beyond the end changes nothing of the result, and the memory there is another tensor's."""
+    memory = torch.arange(40.0)
+    x, out = memory[:7], memory[20:27]
+
+    def copy(read, written):
+        with guarded():
+            _copy[(1,)](x, out, 7, read, written, BLOCK=16)
+
+    copy(7, 7)
+    assert torch.equal(x, out)
+    with pytest.raises(AssertionError, match="a load"):
+        copy(8, 7)
+    with pytest.raises(AssertionError, match="a store"):
+        copy(7, 8)
+    copy(6, 7)  # masked, and no value given for it
+    assert out[6].isnan()
+    assert memory[27] == 27
 
 
 def test_strided_keeps_values_and_no_dimension_is_contiguous():

@@ -36,10 +36,11 @@ def test_rows_do_not_depend_on_the_rank():
     assert torch.equal(torch.cat([kept(rows=torch.arange(first, first + 2), step=3) for first in (0, 2)]), whole)
 
 
+@pytest.mark.parametrize("keep", [0.5, 1.0])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_without_statistics(backend):
+def test_without_statistics(backend, keep):
     signal = torch.randn(2, 12, 100)
-    options = {"seed": 1, "step": 2, "rows": torch.arange(2), "backend": backend}
+    options = {"seed": 1, "step": 2, "rows": torch.arange(2), "keep_probability": keep, "backend": backend}
     ecg, mean, rstd = lead_mask(signal, statistics=False, **options)
     assert mean is None and rstd is None
     assert torch.equal(ecg, lead_mask(signal, **options)[0])
