@@ -57,7 +57,8 @@ def pretraining_losses(
     match = _wide(out.etm_logits)
     aligned = batch.aligned.to(match.dtype)
 
-    # MLM, Eq. 1: cross-entropy of the words hidden from the text encoder
+    # MLM, Eq. 1: cross-entropy of the words hidden from the text encoder. Not F.linear_cross_entropy, which torch 2.11
+    # lacks and which keeps the logits to itself: the accuracy needs their argmax, and at masked positions they are few.
     mlm = mlm_correct = mlm_count = mem = match.new_zeros(())
     if predicts:
         labels = _mlm_labels(batch, config, everywhere=not model.runtime.removals)
