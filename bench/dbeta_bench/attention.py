@@ -19,13 +19,16 @@ SHAPES = {
     "text 40 x ecg 79": (40, 79, False),
     **{f"text {length}": (length, length, True) for length in (40, 64, 128, 256)},
 }
+DROPOUTS = (0.0, 0.1)  # evaluation and the MEM decoder; training
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def run(
     *, device: str = "cpu", batch: int | None = None, repeats: int = 20, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """Rows of median milliseconds per shape and back-end; a back-end this machine lacks is named and left out.
+    """Rows of median milliseconds per shape, back-end and dropout; a back-end this machine lacks is named and left out.
+
+    The check in front of the times is without dropout: each back-end draws its own.
 
     Args:
         batch: records; None: 128 on a GPU, 8 on a CPU.
@@ -43,16 +46,17 @@ def run(
     for shape, (queries, keys, padded) in SHAPES.items():
         inputs = _inputs(batch, queries, keys, padded, dtype, where)
         truth = _step(inputs, "reference")
-        calls = {name: partial(_step, inputs, name) for name in backends}
-        for name, call in calls.items():
-            error = max((a - b).abs().max().item() for a, b in zip(call(), truth))
+        for name in backends:
+            error = max((a - b).abs().max().item() for a, b in zip(_step(inputs, name), truth))
             if error > TOLERANCE[dtype]:
                 raise ArithmeticError(f"attention back-end {name} on {shape}: off by {error:.1e}; no time is given")
         flops = 14 * batch * HEADS * queries * keys * WIDTH  # 2 products forward, 5 backward
-        for name, times in interleave(calls, device=where, repeats=repeats).items():
-            row = {"shape": shape, "backend": name, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
-            rows.append(row | {"ms": times["median"] * 1e3, "tflops": flops / times["median"] / 1e12} | times)
-            say(f"{shape:18} {name:12} {times['median'] * 1e3:8.3f} ms forward + backward")
+        calls = {(name, p): partial(_step, inputs, name, p) for name in backends for p in DROPOUTS}
+        for (name, p), times in interleave(calls, device=where, repeats=repeats).items():
+            row = {"shape": shape, "backend": name, "dropout": str(p), "batch": batch}  # what names a row is no float
+            row |= {"dtype": str(dtype).removeprefix("torch."), "ms": times["median"] * 1e3}
+            rows.append(row | {"tflops": flops / times["median"] / 1e12} | times)
+            say(f"{shape:18} {name:12} dropout {p:<4}{times['median'] * 1e3:8.3f} ms forward + backward")
     return rows
 
 
@@ -65,7 +69,7 @@ def _inputs(batch: int, queries: int, keys: int, padded: bool, dtype: torch.dtyp
     return *qkv, layout, torch.randn(shapes[0], generator=generator).to(device, dtype)
 
 
-def _step(inputs: tuple, backend: str) -> tuple[Tensor, ...]:
+def _step(inputs: tuple, backend: str, dropout: float = 0.0) -> tuple[Tensor, ...]:
     q, k, v, layout, upstream = inputs
-    out = attend(q, k, v, key_rows=layout, backend=backend)
+    out = attend(q, k, v, key_rows=layout, dropout=dropout, backend=backend)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)
