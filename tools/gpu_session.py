@@ -324,13 +324,14 @@ def table(results: dict[str, Any]) -> Iterator[str]:
 def _shown(name: str, row: dict[str, Any]) -> str:
     if "error" in row:
         return " ".join(str(value) for value in row.values())[:150]
-    if name == "kernels" and row["provider"] not in ("kernel", "compiled", "auto"):
+    if name == "kernels" and row["provider"] not in ("kernel", "compiled", "auto", "cuDNN grouped"):
         return ""
     if name == "attention" and row["shape"] not in ("ecg 79", "ecg 79 x text 40"):
         return ""
     keys = {
         "environment": ("gpu", "nvidia_smi"), "ceilings": ("what", "gb_per_s", "tflops"),
-        "tests": ("passed", "failures", "errors", "skipped", "failed"), "attention": ("shape", "backend", "ms"),
+        "tests": ("passed", "failures", "errors", "skipped", "failed"),
+        "attention": ("shape", "backend", "dropout", "ms"),
         "kernels": ("operator", "case", "provider", "ms", "roofline"),
         "step": ("workload", "provider", "steps_per_s", "mfu", "peak_bytes", "launches"),
         "negatives": ("engine", "seconds", "absent"), "loader": ("engine", "device", "records_per_s", "absent"),

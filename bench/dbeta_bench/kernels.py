@@ -1,12 +1,13 @@
 """Every operator of the registry, forward and backward: kernel, eager, compiled and peers, against the roofline."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from dbeta_bench import roofline, timing
-from dbeta_kernels.checking import check
+from dbeta_kernels.checking import judge
 from dbeta_kernels.launch import INTERPRETED
 from dbeta_kernels.registry import KernelSpec, specs
 
@@ -18,7 +19,7 @@ def run(
     repeats: int = 20,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """One row per operator, case and provider; no time for an operator that fails its error budget.
+    """One row per operator, case and provider; no time for an operator that fails its error budget, nor for a peer.
 
     On a GPU the paper's sizes in bf16. On a CPU small sizes in float32 and no kernel: the interpreter is not timed,
     and ``auto``, the operator's form for the CPU, takes its place.
@@ -54,11 +55,12 @@ def _case(spec: KernelSpec, case, options, dtype, where, ceiling, repeats, say) 
 
     inputs = make(0)
     backend = "fused" if where.type == "cuda" and not INTERPRETED else "reference" if INTERPRETED else "auto"
-    check(spec, inputs, dtype, backend=backend, paper=True)
+    hold = judge(spec, inputs, dtype, paper=True)
+    hold(partial(spec.function, backend=backend))
     least = ceiling.seconds(spec.flops(inputs), spec.bytes(inputs), dtype)
     providers = {
-        "kernel" if backend == "fused" else "auto": lambda **given: spec.function(**given, backend=backend),
-        "eager": spec.reference,
+        "kernel" if backend == "fused" else "auto": partial(spec.function, backend=backend),
+        spec.eager if where.type == "cuda" else "eager": spec.reference,
         "compiled": torch.compile(spec.reference),
         **spec.peers,
     }
@@ -69,11 +71,15 @@ def _case(spec: KernelSpec, case, options, dtype, where, ceiling, repeats, say) 
     torch.compiler.reset()
     for name, function in providers.items():
         try:
+            if name == "compiled" or name in spec.peers:
+                hold(function)
             calls[name] = _step(spec, function, timing.rotation(make, where))
             calls[name]()
+        except AssertionError as error:
+            say(f"{spec.name} {case}: {name} is not timed, it is wrong: {error}")
         except torch.cuda.OutOfMemoryError:
             say(f"{spec.name} {case}: {name} does not fit in memory")
-            del calls[name]
+            calls.pop(name, None)
             torch.cuda.empty_cache()
     memory = {name: _peak_mb(call, where) for name, call in calls.items()}
     for name, taken in timing.interleave(calls, device=where, repeats=repeats).items():
@@ -84,7 +90,7 @@ def _case(spec: KernelSpec, case, options, dtype, where, ceiling, repeats, say) 
             | {"ms": taken["median"] * 1e3, "roofline": least / taken["median"], "peak_mb": memory[name]}
         )
         say(
-            f"{spec.name:16} {case:12} {name:10} {taken['median'] * 1e3:10.4f} ms  "
+            f"{spec.name:16} {case:12} {name:15} {taken['median'] * 1e3:10.4f} ms  "
             f"{least / taken['median']:6.1%} of roofline"
         )
     return rows

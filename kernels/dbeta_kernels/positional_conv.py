@@ -303,5 +303,6 @@ register(
         aot=conv_kernels.AOT,
         flops=_flops,
         bytes=_bytes,
+        eager="cuDNN grouped",
     )
 )

@@ -70,6 +70,7 @@ class KernelSpec:
         truth: replaces ``reference`` for the float64 truth of paper-sized cases, where that would not fit in memory.
         flops, bytes: of one call (forward + backward where there is one), the minimum that must be done and moved.
         peers: other implementations worth a row in the benchmark, called as ``peer(**inputs)``.
+        eager: name of the reference's row on a GPU, where a library does all of its work.
     """
 
     name: str
@@ -91,6 +92,7 @@ class KernelSpec:
     flops: Callable[[Inputs], float]
     bytes: Callable[[Inputs], float]
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    eager: str = "eager"
 
     def locate(self, function: str) -> tuple[types.ModuleType, str]:
         """The module and the name in it of one of the operator's functions."""

@@ -1,5 +1,6 @@
 """The benchmark's command, timing, comparison and tables."""
 
+import dataclasses
 import itertools
 import json
 import time
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from dbeta_bench import results, timing
 from dbeta_bench.cli import BENCHMARKS, main
+from dbeta_kernels.registry import specs
 from tools import readme_tables
 
 CPU = torch.device("cpu")
@@ -46,10 +48,27 @@ def test_no_time_for_a_wrong_operator(monkeypatch, tmp_path):
 
     monkeypatch.setattr(roofline, "measure", lambda device: roofline.Roofline(1e9, {torch.float32: 1e9}))
     monkeypatch.setattr(timing, "interleave", lambda *_, **__: pytest.fail("a wrong operator was timed"))
-    monkeypatch.setattr(kernels, "check", lambda *_, **__: (_ for _ in ()).throw(AssertionError("out0[3] is off")))
-    outcome = CliRunner().invoke(main, ["kernels", "--device", "cpu", "--operator", "ets_loss"])
+    exact = specs()["mem_loss"]
+    wrong = lambda **given: 1.01 * exact.function(**given)  # noqa: E731
+    spec = dataclasses.replace(exact, cpu={"B=1": {"records": 1, "masked": 3}}, function=wrong)
+    monkeypatch.setattr(kernels, "specs", lambda: {"mem_loss": spec})
+    outcome = CliRunner().invoke(main, ["kernels", "--device", "cpu", "--operator", "mem_loss"])
     assert outcome.exit_code == 1
-    assert "out0[3] is off" in outcome.output
+    assert "out0" in outcome.output and "error" in outcome.output
+
+
+def test_no_time_for_a_wrong_peer(monkeypatch):
+    from dbeta_bench import kernels, roofline
+
+    monkeypatch.setattr(roofline, "measure", lambda device: roofline.Roofline(1e9, {torch.float32: 1e9}))
+    exact = specs()["mem_loss"]
+    peers = {"right": exact.reference, "wrong": lambda **given: 1.01 * exact.reference(**given)}
+    spec = dataclasses.replace(exact, cpu={"B=1": {"records": 1, "masked": 3}}, peers=peers)
+    monkeypatch.setattr(kernels, "specs", lambda: {"mem_loss": spec})
+    said = []
+    rows = kernels.run(device="cpu", repeats=1, say=said.append)
+    assert [row["provider"] for row in rows][-3:] == ["eager", "compiled", "right"]
+    assert any("wrong is not timed, it is wrong: out0" in line for line in said)
 
 
 def test_unknown_operator_is_a_usage_error():
