@@ -1,6 +1,6 @@
 """Take the pictures of a run's report.html for the README: docs/curves.png, docs/original.png, docs/reconstructed.png.
 
-make pretrain ARGS="--out runs/readme" && python tools/readme_picture.py runs/readme
+make pretrain ARGS="--seed 1 --out runs/readme" && python tools/readme_picture.py runs/readme
 """
 
 import base64
