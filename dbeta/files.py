@@ -23,7 +23,8 @@ def foreign(path: Path) -> str:
         return ""
     if zipfile.is_zipfile(path):
         try:
-            members = zipfile.ZipFile(path).infolist()
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
         except zipfile.BadZipFile:
             return "is a damaged archive; download it again"
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # it may unpack to anything

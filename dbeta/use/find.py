@@ -73,11 +73,7 @@ def _named(file: Path) -> Iterator[str]:
 
 
 def _rows(table: Path, column: str) -> Iterator[str]:
-    try:
-        cells = _column(table, column)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table} is no table of text in UTF-8: {error}") from None
-    for cell in cells:
+    for cell in _column(table, column):
         name = str(cell or "").strip()
         if name:
             beside = table.parent / name
