@@ -28,9 +28,9 @@ SHARES = (
     "optim.warmup", "optim.hold", "optim.decay", "optim.initial_scale", "model.dropout", "model.attention_dropout",
 )  # fmt: skip
 SUMS = (("optim.warmup", "optim.hold", "optim.decay"), ("loss.mlm_mask", "loss.mlm_random"))  # shares of one whole
-NOT_NEGATIVE = ("loss.mlm", "loss.mem", "loss.etm", "loss.ets", "optim.lr", "optim.weight_decay", "optim.clip")
+AT_LEAST_0 = ("loss.mlm", "loss.mem", "loss.etm", "loss.ets", "optim.lr", "optim.weight_decay", "optim.clip")
 RANGES = {
-    **dict.fromkeys(COUNTS, (1, math.inf)), **dict.fromkeys(SHARES, (0, 1)), **dict.fromkeys(NOT_NEGATIVE, (0, math.inf)),
+    **dict.fromkeys(COUNTS, (1, math.inf)), **dict.fromkeys(SHARES, (0, 1)), **dict.fromkeys(AT_LEAST_0, (0, math.inf)),
     **dict.fromkeys(("optim.beta1", "optim.beta2"), (0, 0.999999)), "optim.eps": (1e-30, 1),
     "optim.final_scale": (1e-9, 1), "model.leads": (12, 12), "data.workers": (1, 1024),
     "train.seed": (0, 1 << 40), "runtime.timeout_s": (1e-3, 1e7),
