@@ -1,11 +1,20 @@
 """Every tuned configuration compiles for sm_90 within its committed budget, on any machine."""
 
+import json
+import re
+
 import pytest
 import triton
 
-from dbeta_kernels.aot import budgets, compile_all, configurations
+from dbeta_kernels.aot import BUDGETS, budgets, compile_all, configurations
 
 UPDATE = "if that is meant: python -m dbeta_kernels.aot --write"
+
+
+def test_the_pinned_triton_has_budgets(pytestconfig):
+    """So that the tests below are skipped under other versions only."""
+    (pinned,) = re.findall(r"^triton==(\S+)$", (pytestconfig.rootpath / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned in json.loads(BUDGETS.read_text()), UPDATE
 
 
 @pytest.fixture(scope="session")
