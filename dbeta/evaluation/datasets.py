@@ -173,6 +173,8 @@ def subjects_of(corpus: "Corpus", patients: Path | None = None) -> list[str]:
     try:
         with patients.open(newline="") as file:
             known = {int(row["ecg_id"]): row["patient_id"].removesuffix(".0") for row in csv.DictReader(file)}
+        if not known:
+            raise ValueError("no row names a patient")
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"--patients {patients}: {error!r}; give PTB-XL's ptbxl_database.csv") from None
     ecg_ids = map(_ecg_id, corpus.column("name"))

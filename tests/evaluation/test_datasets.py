@@ -172,7 +172,7 @@ def test_a_derived_split_has_the_proportions_of_table_9(shared):
     assert {split: len(rows) for split, rows in parts.items()} == {"train": 80, "validation": 10, "test": 10}
 
 
-def test_patients_of_the_challenges_ptbxl_records_stay_together(shared):
+def test_patients_of_the_challenges_ptbxl_records_stay_together(shared, tmp_path):
     """Their headers name no patient; PTB-XL's own table does."""
     table = shared / "data/ptbxl/ptbxl_database.rows1-500.csv"
     with table.open() as file:
@@ -183,8 +183,10 @@ def test_patients_of_the_challenges_ptbxl_records_stay_together(shared):
         groups = [{patient[name] for name in rows.names} for rows in dataset.splits.values()]
         assert (sum(map(len, groups)) > len(set.union(*groups))) == crossing
         assert any("--patients ptbxl_database.csv" in note for note in dataset.notes) == crossing
-    with pytest.raises(ValueError, match=r"give PTB-XL's ptbxl_database\.csv"):
-        load_dataset(label_set("cinc2021"), corpus, patients=shared / "data/sph/metadata.csv")
+    (tmp_path / "one-line.json").write_text('{"ecg_id": 1}')
+    for wrong in (shared / "data/sph/metadata.csv", tmp_path / "one-line.json"):
+        with pytest.raises(ValueError, match=r"give PTB-XL's ptbxl_database\.csv"):
+            load_dataset(label_set("cinc2021"), corpus, patients=wrong)
 
 
 def test_csn_without_its_columns_says_so(shared):
