@@ -9,7 +9,7 @@ import copy
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
@@ -40,6 +40,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    group: dist.ProcessGroup | None = None  # through which they speak; None: that of ``join``
 
     @property
     def first(self) -> bool:
@@ -52,11 +53,11 @@ class Ranks:
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over ranks, the same on each; not differentiable."""
-        return value if self.world == 1 else _reduced(value, dist.ReduceOp.SUM) / self.world
+        return value if self.world == 1 else _reduced(value, dist.ReduceOp.SUM, self.group) / self.world
 
     def any(self, flag: Tensor) -> Tensor:
         """Whether a bool is set on any rank, the same on each."""
-        return flag if self.world == 1 else _reduced(flag.int(), dist.ReduceOp.MAX).bool()
+        return flag if self.world == 1 else _reduced(flag.int(), dist.ReduceOp.MAX, self.group).bool()
 
     def once(self, work: Callable[[], T]) -> T:
         """What ``work`` returns on the first rank, for all. Its error there ends all of them, so that none waits."""
@@ -69,17 +70,23 @@ class Ranks:
                 outcome = [work(), None]
             except Exception as error:
                 failure, outcome = error, [None, str(error)]
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
             raise failure or ValueError(outcome[1])
         return outcome[0]
+
+    def apart(self, timeout_s: float) -> "Ranks":
+        """The same ranks on a line of their own between hosts, for a thread that speaks while training does."""
+        if self.world == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
     def pass_on(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         """Send each tensor to the next rank and return what the previous one sent."""
         received = [torch.empty_like(tensor) for tensor in tensors]
         after, before = (self.rank + 1) % self.world, (self.rank - 1) % self.world
-        operations = [dist.P2POp(dist.isend, tensor, after) for tensor in tensors]
-        operations += [dist.P2POp(dist.irecv, tensor, before) for tensor in received]
+        operations = [dist.P2POp(dist.isend, tensor, after, self.group) for tensor in tensors]
+        operations += [dist.P2POp(dist.irecv, tensor, before, self.group) for tensor in received]
         for work in dist.batch_isend_irecv(operations):
             work.wait()
         return received
@@ -89,9 +96,9 @@ ALONE = Ranks()
 
 
 @torch.compiler.disable
-def _reduced(value: Tensor, operation: dist.ReduceOp) -> Tensor:
+def _reduced(value: Tensor, operation: dist.ReduceOp, group: dist.ProcessGroup | None) -> Tensor:
     value = value.detach().clone()
-    dist.all_reduce(value, operation)
+    dist.all_reduce(value, operation, group)
     return value
 
 
@@ -180,15 +187,6 @@ def gradients_of(module: nn.Module, *, complete: bool) -> contextlib.AbstractCon
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor as a whole one, which every rank has to ask for; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor where ``like`` is sharded; communicates nothing."""
-    if not hasattr(like, "full_tensor"):
-        return value.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def replica(model: nn.Module, strategy: str, ranks: Ranks) -> nn.Module | None:

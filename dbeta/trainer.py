@@ -33,6 +33,7 @@ from dbeta.optim import learning_rate, make_optimizer, set_learning_rate
 from dbeta.report import RunLog, write_report
 from dbeta.run_folder import open_run
 from dbeta.runtime import announce, autocast, prepare_process, resolve_device
+from dbeta.shards import snapshot
 from dbeta.stopping import StopRequest
 from dbeta.validation import Validator
 
@@ -149,7 +150,8 @@ def train(
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     started, begun, stopped = time.perf_counter(), first, False
-    writer = checkpoint.Writer(out / "checkpoints", config.train.keep_checkpoints)
+    apart = ranks.apart(config.runtime.timeout_s)
+    writer = checkpoint.Writer(out / "checkpoints", config.train.keep_checkpoints, apart)
     stop = stop or StopRequest(ranks)
     with writer, log.progress(first) as progress:
         for done, batches, raw, position in _batches(loader, host_maker, maker, config, device, ranks, first):
@@ -183,11 +185,9 @@ def train(
                         evaluated.save_pretrained(out / "model")
                 started, begun = time.perf_counter(), done
             if saving:
-                tensors = checkpoint.snapshot(model, stepper.optimizer, wanted=ranks.first)
                 counters = stepper.counters.state_dict()
                 state = {"loader": position, "best": best, "counters": counters, "config": config.to_dict()}
-                if ranks.first:
-                    writer.save(done, tensors, state)
+                writer.save(done, snapshot(model, stepper.optimizer, first=ranks.first), state)
             if stopped := stopping and not last:
                 break
     loader.close()

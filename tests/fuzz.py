@@ -146,6 +146,7 @@ def checkpoints(folder: Path) -> Callable[[random.Random], None]:
     from dbeta.files import file_digest
     from dbeta.models import pretrained
     from dbeta.models.dbeta import DBeta
+    from dbeta.shards import snapshot
     from tests.models.small import SMALL
 
     def fresh() -> tuple[DBeta, torch.optim.Optimizer]:
@@ -158,21 +159,22 @@ def checkpoints(folder: Path) -> Callable[[random.Random], None]:
     optimizer.step()
     counters = {"sums": {}, "counted": 0, "skipped": [0, 0]}
     state = {"loader": {"epoch": 0, "position": 1}, "best": {"score": 0.0, "step": 4}, "counters": counters}
-    checkpoint.write(folder / "runs", 5, checkpoint.snapshot(model, optimizer), state, 2)
+    written = checkpoint.write(folder / "runs", 5, snapshot(model, optimizer), state, 2)
     model.save_pretrained(folder / "model")
-    files = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+    files = sorted(path.name for path in written.iterdir())
 
     def once(chance: random.Random) -> None:
         if chance.random() < 0.3:
             pretrained.load(one_of(folder / "model", folder, ["model.safetensors", "config.json"], chance))
             return
-        copy = one_of(folder / "runs" / "step-00000005", folder, files, chance)
+        copy = one_of(written, folder, files, chance)
         if chance.random() < 0.5:
             if checkpoint.damage(copy) is not None:
                 raise ValueError("refused")
         else:  # checksums that an attacker has put right
+            listed = [name for name in files if name != "manifest.json"]
             sound = {
-                name: {"bytes": (copy / name).stat().st_size, "sha256": file_digest(copy / name)} for name in files[:3]
+                name: {"bytes": (copy / name).stat().st_size, "sha256": file_digest(copy / name)} for name in listed
             }
             (copy / "manifest.json").write_text(json.dumps(sound))
             assert checkpoint.damage(copy) is None

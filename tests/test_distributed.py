@@ -1,6 +1,8 @@
 """Several gloo processes give what one gives with the whole batch: the ETS loss, and the steps of training."""
 
 import dataclasses
+import errno
+import os
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ from dbeta.data.batch import Batch
 from dbeta.distributed import Ranks, share_of, whole
 from dbeta.ets import CachedEts, ring_ets_loss
 from dbeta.models.dbeta import DBeta
+from dbeta.shards import snapshot
 from dbeta.trainer import Stepper
 from dbeta_kernels.ets_loss import ets_loss
 from tests.models.small import SMALL
@@ -260,27 +263,10 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(strategy, teams):
     assert [line["now"] for line in alone] == [0, 0, 1, 0]
 
 
-def saved_and_gone_on_with(ranks: Ranks, config: Config, folder: str):
-    """Two steps, a checkpoint, two more: does a model that goes on from the checkpoint end where this one does?"""
+def stepper_and_batches(ranks: Ranks, config: Config, steps: range) -> tuple[Stepper, list[list[Batch]]]:
     torch.manual_seed(0)
-    steppers = [Stepper(DBeta(config.model, config.runtime), config, torch.device("cpu"), ranks) for _ in range(2)]
-    rows = ranks.rows(config.train.batch)
-    batches = [[singles(batch_of(config.model, step, rows))] for step in range(4)]
-    for step in range(2):
-        steppers[0].step(batches[step])
-    tensors = checkpoint.snapshot(steppers[0].model, steppers[0].optimizer, wanted=ranks.first)
-    if ranks.first:
-        counters = {"sums": {}, "counted": 0, "skipped": [0, 0]}
-        state = {"loader": {"epoch": 0, "position": 2}, "best": {"score": 0.0, "step": 0}, "counters": counters}
-        checkpoint.write(Path(folder), 2, tensors, state, 1)
-    ranks.any(torch.tensor(True))  # all wait for the first
-    path = checkpoint.whole(Path(folder))[0]
-    checkpoint.load(path, steppers[1].model, steppers[1].optimizer)
-    for stepper in steppers:
-        for step in range(2, 4):
-            stepper.step(batches[step])
-    ends = [{n: whole(t.detach()).clone() for n, t in stepper.model.state_dict().items()} for stepper in steppers]
-    return all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    stepper = Stepper(DBeta(config.model, config.runtime), config, torch.device("cpu"), ranks)
+    return stepper, [[singles(batch_of(config.model, step, ranks.rows(config.train.batch)))] for step in steps]
 
 
 def singles(batch: Batch) -> Batch:
@@ -289,9 +275,82 @@ def singles(batch: Batch) -> Batch:
     return batch
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_checkpoint_of_shards_is_gone_on_with_exactly(strategy, teams, tmp_path):
-    assert teams(2)(saved_and_gone_on_with, configured(TINY, strategy), str(tmp_path)) == [True, True]
+def state_of(stepper: Stepper) -> dict[str, torch.Tensor]:
+    """Weights and moments, whole."""
+    found = {name: whole(tensor.detach()).clone() for name, tensor in stepper.model.state_dict().items()}
+    for name, parameter in stepper.model.named_parameters():
+        found |= {f"{name}:{key}": whole(value).clone() for key, value in stepper.optimizer.state[parameter].items()}
+    return found
+
+
+def saved(ranks: Ranks, config: Config, folder: Path):
+    """Two steps and a checkpoint; the state there, and that after two more steps."""
+    stepper, batches = stepper_and_batches(ranks, config, range(4))
+    for batch in batches[:2]:
+        stepper.step(batch)
+    counters = {"sums": {}, "counted": 0, "skipped": [0, 0]}
+    state = {"loader": {"epoch": 0, "position": 2}, "best": {"score": 0.0, "step": 0}, "counters": counters}
+    with checkpoint.Writer(folder, 1, ranks.apart(100)) as writer:
+        writer.save(2, snapshot(stepper.model, stepper.optimizer, first=ranks.first), state)
+        there = state_of(stepper)  # while the checkpoint is being written
+        for batch in batches[2:]:
+            stepper.step(batch)
+    return there, state_of(stepper)
+
+
+def gone_on_with(ranks: Ranks, config: Config, folder: Path):
+    """The same states of a run that begins with the checkpoint."""
+    stepper, batches = stepper_and_batches(ranks, config, range(2, 4))
+    checkpoint.load(folder / "step-00000002", stepper.model, stepper.optimizer)
+    there = state_of(stepper)
+    for batch in batches:
+        stepper.step(batch)
+    return there, state_of(stepper)
+
+
+def on(teams, world: int, function, strategy: str, folder: Path) -> list:
+    config = configured(TINY, strategy)
+    return [function(Ranks(), config, folder)] if world == 1 else teams(world)(function, config, folder)
+
+
+TEAMS = [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "fsdp")]
+
+
+@pytest.mark.parametrize(("world", "strategy"), TEAMS)
+def test_a_checkpoint_is_gone_on_with_by_any_number_of_ranks(world, strategy, teams, tmp_path):
+    """What it holds is the same to the bit for all; so is what follows, where the number of ranks is."""
+    there, later = on(teams, world, saved, strategy, tmp_path)[0]
+    shards = sorted((tmp_path / "step-00000002").glob("*.safetensors"))
+    assert len(shards) == (world if strategy == "fsdp" else 1)
+    for readers, theirs in TEAMS:
+        for found, after in on(teams, readers, gone_on_with, theirs, tmp_path):
+            assert found.keys() == there.keys() and all(torch.equal(found[name], there[name]) for name in there)
+            if (readers, theirs) == (world, strategy):
+                assert all(torch.equal(after[name], later[name]) for name in later)
+
+
+def no_space(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def failing(ranks: Ranks, config: Config, folder: Path) -> tuple[str]:
+    """What a rank says of a checkpoint that the last one cannot write, or sees elsewhere."""
+    stepper, batches = stepper_and_batches(ranks, config, range(1))
+    stepper.step(batches[0])
+    mine = folder if ranks.first or folder.name == "full" else folder / str(ranks.rank)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as error:
+        if folder.name == "full" and not ranks.first:
+            patch.setattr(os, "fsync", no_space)
+        tensors = snapshot(stepper.model, stepper.optimizer, first=ranks.first)
+        checkpoint.write(mine, 1, tensors, {}, 1, ranks)
+    return (str(error.value),)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("full", "No space left"), ("apart", "must see the same --out")])
+def test_a_checkpoint_that_one_rank_could_not_write_is_none(name, reason, teams, tmp_path):
+    for (said,) in on(teams, 2, failing, "fsdp", tmp_path / name):
+        assert "checkpoint at step 1 not written" in said and reason in said and "Traceback" not in said
+    assert not checkpoint.whole(tmp_path / name) and not list((tmp_path / name).rglob(".*"))
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -223,52 +222,6 @@ def test_a_full_disk_leaves_the_best_model(run):  # noqa: F811
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (run / "model" / "model.safetensors").read_bytes() == before
     assert not list((run / "model").glob(".*"))
-
-
-def test_a_checkpoint_cut_at_a_hundred_places_is_refused(run, tmp_path, capfd):  # noqa: F811
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(run / "checkpoints", folder)
-    before, newest = checkpoint.whole(folder)
-    chance = random.Random(0)
-    for _ in range(100):
-        file = chance.choice(sorted(newest.iterdir()))
-        content = file.read_bytes()
-        file.write_bytes(content[: chance.randrange(len(content))])
-        assert checkpoint.latest(folder) == before
-        said = capfd.readouterr().err
-        assert "WARNING" in said and f"{newest} is damaged" in said
-        file.write_bytes(content)
-    assert checkpoint.latest(folder) == newest
-    for path in (before, newest):
-        (path / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
-        checkpoint.latest(folder)
-
-
-def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_one(run, tmp_path):  # noqa: F811
-    folder = tmp_path / "checkpoints"
-    before, newest = (Path(shutil.copytree(p, folder / p.name)) for p in checkpoint.whole(run / "checkpoints"))
-    (newest / "state.json").write_text("{}")
-    step = int(before.name[5:]) + 1  # gone on with, and stopped by a signal after a step
-    written = checkpoint.write(folder, step, {"model.safetensors": {}, "optimizer.safetensors": {}}, {}, keep=1)
-    assert checkpoint.whole(folder) == [written, newest] and checkpoint.latest(folder) == written
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"best": {}}, {"best": {"score": "x", "step": 3}}, {"counters": {}}, {"loader": {"epoch": 0}}, {"step": -7},
-        {"loader": {"epoch": -1, "position": 0}},
-    ],
-)  # fmt: skip
-def test_a_state_that_no_run_wrote_is_refused(change, run, tmp_path):  # noqa: F811
-    newest = Path(shutil.copytree(checkpoint.latest(run / "checkpoints"), tmp_path / "step-00000014"))
-    state = json.loads((newest / "state.json").read_text())
-    model = DBeta.from_pretrained(run)
-    assert checkpoint.load(newest, model) == state
-    (newest / "state.json").write_text(json.dumps(state | change))
-    with pytest.raises(ValueError, match=r"its state.json does not hold step, loader, best, counters"):
-        checkpoint.load(newest, model)
 
 
 def test_a_log_that_was_damaged_is_cut(tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from dbeta import checkpoint
+from dbeta import checkpoint, shards
 from dbeta.config import Config
 from dbeta.data import corpus as corpus_module
 from dbeta.data import formats
@@ -345,12 +345,14 @@ def test_pickles_are_not_run(tmp_path):
         load_text_weights(DBeta(SMALL), str(tmp_path))
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
+    for name in ("model.safetensors", "state.json", "manifest.json"):
         (folder / name).write_bytes(pickle.dumps(harmful))
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         checkpoint.latest(folder.parent)
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load(folder, DBeta(SMALL))
+    with pytest.raises(ValueError, match="cannot be read"):
+        shards.load(folder, DBeta(SMALL), None)
     with pytest.raises(ValueError, match="cannot be read"):
         DBeta.from_pretrained(_model_of(folder))
     assert not harmful.trace.exists()

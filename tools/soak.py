@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from dbeta import checkpoint
 from dbeta_bench import results
 
@@ -169,8 +171,10 @@ def state_of(run: Path) -> tuple:
     newest = checkpoint.latest(run / "checkpoints")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key != "records_per_s"} for line in lines]
-    names = ("model.safetensors", "optimizer.safetensors")
-    return newest.name, *((newest / name).read_bytes() for name in names), metrics
+    tensors = {}
+    for shard in newest.glob("*.safetensors"):
+        tensors |= {(shard.name, name): tensor.numpy().tobytes() for name, tensor in load_file(shard).items()}
+    return newest.name, tensors, metrics
 
 
 def mount(folder: Path) -> bool:

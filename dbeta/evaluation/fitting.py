@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dbeta import checkpoint
 from dbeta.runtime import track
+from dbeta.shards import snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def fit(
             partial = kept.with_suffix(".partial")
             save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, partial)
             partial.replace(kept)
-        checkpoint.write(folder, epoch, checkpoint.snapshot(network, optimizer), {"best": best}, keep=1)
+        checkpoint.write(folder, epoch, snapshot(network, optimizer), {"best": best}, keep=1)
     network.load_state_dict(load_file(kept))
     with torch.no_grad():
         finite = torch.isfinite(loss_of(np.arange(min(rows, config.batch)))).item()

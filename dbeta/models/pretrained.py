@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dbeta.checkpoint import check_shapes
 from dbeta.config import Config, ModelConfig, RuntimeConfig
 from dbeta.files import foreign, put_in_place, sync_file, write_whole
 from dbeta.models.card import model_card
 from dbeta.models.dbeta import DBeta
 from dbeta.models.text_encoder import T5Encoder
+from dbeta.shards import check_shapes
 
 VERSION = 1
 

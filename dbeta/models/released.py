@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dbeta.checkpoint import check_shapes
 from dbeta.config import ModelConfig
 from dbeta.files import foreign
 from dbeta.models.card import IMPORTED
 from dbeta.models.dbeta import DBeta
+from dbeta.shards import check_shapes
 
 # Our prefix -> theirs; the first rule that fits is used, {i} is a layer index.
 _TRANSFORMER = {

@@ -1,0 +1,152 @@
+"""Checkpoints that are damaged, cut, forged or of something else are refused by name, and nothing is changed."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dbeta import checkpoint, shards
+from dbeta.models.dbeta import DBeta
+from tests.test_pretrain import corpus, run  # noqa: F401 (fixtures)
+
+
+def test_a_checkpoint_cut_at_a_hundred_places_is_refused(run, tmp_path, capfd):  # noqa: F811
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    before, newest = checkpoint.whole(folder)
+    chance = random.Random(0)
+    for _ in range(100):
+        file = chance.choice(sorted(newest.iterdir()))
+        content = file.read_bytes()
+        file.write_bytes(content[: chance.randrange(len(content))])
+        assert checkpoint.latest(folder) == before
+        said = capfd.readouterr().err
+        assert "WARNING" in said and f"{newest} is damaged" in said
+        file.write_bytes(content)
+    assert checkpoint.latest(folder) == newest
+    for path in (before, newest):
+        (path / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        checkpoint.latest(folder)
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_one(run, tmp_path):  # noqa: F811
+    folder = tmp_path / "checkpoints"
+    before, newest = (Path(shutil.copytree(p, folder / p.name)) for p in checkpoint.whole(run / "checkpoints"))
+    (newest / "state.json").write_text("{}")
+    step = int(before.name[5:]) + 1  # gone on with, and stopped by a signal after a step
+    written = checkpoint.write(folder, step, {"model.weight": torch.ones(2)}, {}, keep=1)
+    assert checkpoint.whole(folder) == [written, newest] and checkpoint.latest(folder) == written
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"best": {}}, {"best": {"score": "x", "step": 3}}, {"counters": {}}, {"loader": {"epoch": 0}}, {"step": -7},
+        {"loader": {"epoch": -1, "position": 0}},
+    ],
+)  # fmt: skip
+def test_a_state_that_no_run_wrote_is_refused(change, run, tmp_path):  # noqa: F811
+    newest = Path(shutil.copytree(checkpoint.latest(run / "checkpoints"), tmp_path / "step-00000014"))
+    state = json.loads((newest / "state.json").read_text())
+    model = DBeta.from_pretrained(run)
+    assert checkpoint.load(newest, model) == state
+    (newest / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(ValueError, match=r"its state.json does not hold step, loader, best, counters"):
+        checkpoint.load(newest, model)
+
+
+def test_a_file_that_nobody_listed_is_refused(run, tmp_path):  # noqa: F811
+    newest = Path(shutil.copytree(checkpoint.latest(run / "checkpoints"), tmp_path / "step-00000014"))
+    save_file({"model.extra": torch.ones(1)}, newest / "shard-00009-model-00001-of-00001.safetensors")
+    assert checkpoint.damage(newest) == "shard-00009-model-00001-of-00001.safetensors is not in the manifest"
+
+
+# --- shards --------------------------------------------------------------------------------------------------------
+
+VALUE = torch.arange(15.0).view(5, 3)
+
+
+def linear(weight: torch.Tensor = VALUE) -> torch.nn.Module:
+    module = torch.nn.Linear(3, 5, bias=False)
+    module.weight.data = weight.clone()
+    return module
+
+
+def forged(folder: Path, *parts: tuple[torch.Tensor, object]) -> Path:
+    """Shards of ``model.weight``, each with what its header says of where it lies."""
+    folder.mkdir()
+    for index, (part, info) in enumerate(parts):
+        metadata = {"DCP_SHARDING_INFO": json.dumps(info)} if info is not None else None
+        save_file({"model.weight": part.contiguous()}, folder / f"shard-{index}.safetensors", metadata)
+    return folder
+
+
+def at(*offsets: object) -> dict:
+    return {"model.weight": {"saved_offsets": list(offsets)}}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(VALUE, None)], [(VALUE, at(0, 0))], [(VALUE[:2], at(0, 0)), (VALUE[2:], at(2, 0))],
+        [(VALUE[3:], at(3, 0)), (VALUE[:3], at(0, 0)), (VALUE[5:], at(5, 0))],
+    ],
+)  # fmt: skip
+def test_shards_make_a_whole(parts, tmp_path):
+    module = linear(torch.zeros(5, 3))
+    shards.load(forged(tmp_path / "shards", *parts), module, None)
+    assert torch.equal(module.weight, VALUE)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([(VALUE[:2], at(0, 0)), (VALUE[3:], at(3, 0))], "overlap or leave a gap"),
+        ([(VALUE[:3], at(0, 0)), (VALUE[2:], at(2, 0))], "overlap or leave a gap"),
+        ([(VALUE, at(0, 0)), (VALUE, at(0, 0))], "overlap or leave a gap"),
+        ([(VALUE[:, :2], at(0, 0)), (VALUE[:, 2:], at(0, 2))], "overlap or leave a gap"),
+        ([(VALUE, at(-5, 0)), (VALUE, at(0, 0))], "overlap or leave a gap"),
+        ([(VALUE, at(1 << 60, 0))], "overlap or leave a gap"), ([(VALUE, at(1 << 80, 0))], "cannot be read"),
+        ([(VALUE, at(0))], "cannot be read|overlap"), ([(VALUE, at("0", "0"))], "cannot be read"),
+        ([(VALUE, [])], "cannot be read|does not fit"), ([(VALUE, {"other": 1})], "cannot be read"),
+        ([(VALUE, {"model.weight": None})], "cannot be read"), ([(VALUE, at([], {}))], "cannot be read"),
+        ([(VALUE[:4], at(0, 0))], r"model.weight is \[4, 3\], the model has \[5, 3\]"),
+        ([(VALUE[:4, :2], at(1, 1))], "overlap or leave a gap"),
+        ([(VALUE.double(), None)], "model.weight is torch.float64, the model has torch.float32"),
+        ([], "1 missing: model.weight"),
+    ],
+)  # fmt: skip
+def test_shards_that_lie_are_refused_and_change_nothing(parts, message, tmp_path):
+    module = linear()
+    with pytest.raises(ValueError, match=message):
+        shards.load(forged(tmp_path / "shards", *parts), module, None)
+    assert torch.equal(module.weight, VALUE)
+
+
+def test_moments_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
+    module = linear()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    module.weight.grad = torch.ones_like(module.weight)
+    optimizer.step()
+    trained = module.weight.detach().clone()
+    path = checkpoint.write(tmp_path, 1, shards.snapshot(module, optimizer), {}, keep=1)
+    file = next(path.glob("*.safetensors"))
+    tensors = load_file(file)
+    for name, change in (("exp_avg", {}), ("exp_avg_sq", {"optimizer.weight:exp_avg_sq": torch.ones(3, 5)})):
+        key = f"optimizer.weight:{name}"
+        save_file({n: t for n, t in tensors.items() if n != key} | change, file)
+        fresh = linear()
+        empty = torch.optim.AdamW(fresh.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match=key):
+            shards.load(path, fresh, empty)
+        assert torch.equal(fresh.weight, VALUE) and not empty.state
+    save_file(tensors, file)
+    shards.load(path, fresh, empty)
+    assert torch.equal(fresh.weight, trained)
+    for name, value in optimizer.state[module.weight].items():
+        assert torch.equal(empty.state[fresh.weight][name], value)
