@@ -6,7 +6,8 @@ Kills come at random moments of a process's life, start included; a third while 
 another third the newest checkpoint is damaged as well. For every five kills there is one SIGTERM (the run must save and
 exit 0) and one full disk: a tmpfs where this machine lets us mount one, else a limit on the size of files. After every
 blow the run is started again with --resume, and must go on. Whenever it reaches its end, weights, moments and metrics
-must equal those of the undisturbed run, and another one begins. Exit code 1 if anything differs.
+must equal those of the undisturbed run, and another one begins. Exit code 1 if anything differs. With ``--ranks 2`` the
+run is one of torchrun's whose weights, moments and checkpoints are sharded (FSDP2), and a kill hits one of its ranks.
 """
 
 import argparse
@@ -41,22 +42,24 @@ KILLS = ("kill", "kill while writing", "kill and damage")
 class Soak:
     """One run folder and the blows it takes; counts what happened."""
 
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.run = folder, folder / "run"
+    def __init__(self, folder: Path, seed: int, ranks: int = 1):
+        self.folder, self.run, self.ranks = folder, folder / "run", ranks
         self.random = random.Random(seed)
         self.count = dict.fromkeys((*KILLS, "sigterm", "full disk"), 0)
         self.damaged = self.resumed = self.ends = self.identical = 0
         self.longest_stop = 0.0
         self.tmpfs = mount(folder / "run")
 
-    def start(self, out: Path, **more) -> subprocess.Popen:
+    def start(self, out: Path) -> subprocess.Popen:
         """The training command, from the beginning or from where it was."""
-        settings = [word for value in SETTINGS for word in ("--set", value)]
+        sharded = () if self.ranks == 1 else ("runtime.strategy=fsdp",)
+        settings = [word for value in (*SETTINGS, *sharded) for word in ("--set", value)]
         resume = ["--resume"] if (out / "config.json").is_file() else []
-        command = [sys.executable, "-m", "dbeta.pretrain", "--preset", "smoke", "--device", "cpu", *settings, *resume]
-        command += ["--data", str(self.folder / "corpus"), "--out", str(out)]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+        command = [sys.executable, *(torchrun if self.ranks > 1 else ()), "-m", "dbeta.pretrain", "--preset", "smoke"]
+        command += ["--device", "cpu", *settings, *resume, "--data", str(self.folder / "corpus"), "--out", str(out)]
         log = (self.folder / "log").open("w")
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **more)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def undisturbed(self) -> None:
         """Make the corpus and the run that the others are held against; how long it takes is the span of the blows."""
@@ -91,15 +94,27 @@ class Soak:
             self.damage()
 
     def kill(self, process: subprocess.Popen) -> None:
-        process.kill()
+        """One process of the run; the others end by themselves (ranks without a torchrun save first)."""
+        ranks = self.ranks_of(process)
+        os.kill(self.random.choice(ranks), signal.SIGKILL)
         process.wait()
+        for path in (Path(f"/proc/{pid}/cmdline") for pid in ranks):
+            with contextlib.suppress(OSError):  # it is gone
+                while path.read_bytes():
+                    time.sleep(0.01)
+
+    def ranks_of(self, process: subprocess.Popen) -> list[int]:
+        """The processes of the run: one, or torchrun and its ranks."""
+        found = ["pgrep", "-P", str(process.pid)] if self.ranks > 1 else ["true"]
+        return [process.pid, *map(int, subprocess.run(found, capture_output=True, check=False).stdout.split())]
 
     def terminate(self, process: subprocess.Popen) -> None:
         started = time.monotonic()
         process.send_signal(self.random.choice((signal.SIGTERM, signal.SIGUSR1)))
         code = process.wait(STOP_S)
         self.longest_stop = max(self.longest_stop, time.monotonic() - started)
-        self.must((code == 0 and "--resume" in self.said()) or self.finished(), f"SIGTERM: exit code {code}")
+        good = (code == 0 or self.ranks > 1) and "--resume" in self.said()  # torchrun's own code is another
+        self.must(good or self.finished(), f"SIGTERM: exit code {code}")
 
     def fill(self, process: subprocess.Popen) -> None:
         """No space from now on: an error that says so, and the last checkpoint untouched."""
@@ -109,10 +124,12 @@ class Soak:
                 while True:
                     file.write(bytes(1 << 16))
         else:
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
+            for pid in self.ranks_of(process):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (2000, 2000))
         code = process.wait(STOP_S)
         filler.unlink(missing_ok=True)
-        self.must((code == 2 and "Error:" in self.said()) or self.finished(), f"full disk: exit code {code}")
+        good = code == (2 if self.ranks == 1 else 1) and "Error:" in self.said()
+        self.must(good or self.finished(), f"full disk: exit code {code}")
 
     def damage(self) -> None:
         """Cut the newest checkpoint short or change a byte of it, where there is an earlier one."""
@@ -205,11 +222,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1, help="processes of the run; several share its state (FSDP2)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     in_own_namespace()
     folder = Path(tempfile.mkdtemp(prefix="dbeta-soak-"))
-    soak = Soak(folder, options.seed)
+    soak = Soak(folder, options.seed, options.ranks)
     try:
         soak.undisturbed()
         waiting = schedule(options.kills, soak.random)
@@ -225,7 +243,7 @@ def main() -> None:
     shutil.rmtree(folder)
     struck = sum(soak.count.values())
     row = {
-        "kills": options.kills, **{kind: soak.count[kind] for kind in soak.count}, "checkpoints damaged": soak.damaged,
+        "ranks": options.ranks, "kills": options.kills, **soak.count, "checkpoints damaged": soak.damaged,
         "resumed": f"{soak.resumed} of {struck}", "runs that ended": soak.ends, "bit for bit equal": soak.identical,
         "longest stop after a signal, s": round(soak.longest_stop, 2), "disk": "tmpfs" if soak.tmpfs else "file limit",
         "seed": options.seed,
