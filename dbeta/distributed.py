@@ -81,15 +81,23 @@ class Ranks:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
-    def pass_on(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        """Send each tensor to the next rank and return what the previous one sent."""
+    def pass_on(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
+        """Start sending each tensor to the next rank; what is returned waits for those the previous one sent.
+
+        Tensors must not change before that. All ranks start their passes in one order.
+        """
         received = [torch.empty_like(tensor) for tensor in tensors]
         after, before = (self.rank + 1) % self.world, (self.rank - 1) % self.world
         operations = [dist.P2POp(dist.isend, tensor, after, self.group) for tensor in tensors]
         operations += [dist.P2POp(dist.irecv, tensor, before, self.group) for tensor in received]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-        return received
+        works = dist.batch_isend_irecv(operations)
+
+        def arrived() -> list[Tensor]:
+            for work in works:
+                work.wait()
+            return received
+
+        return arrived
 
 
 ALONE = Ranks()

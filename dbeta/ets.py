@@ -1,7 +1,8 @@
 """The ETS loss (paper Eq. 4) over more features than one forward pass holds: over ranks, and over micro-batches.
 
 Other ranks' diagonals and other micro-batches' are negatives, and the gradients are those of one process with the whole
-batch, exactly.
+batch, exactly. Over ranks texts go round a ring: gathered in parts, at the same memory, they measured no faster
+(``dbeta-bench ranks``; "The ETS loss over ranks" in bench/NOTES.md).
 """
 
 from typing import Any
@@ -28,9 +29,9 @@ def ring_ets_loss(
     """The ETS loss (Eq. 4) of this rank's ECGs against the texts of all ranks; memory linear in the local batch.
 
     Texts go round the ring: at each hop a rank scores its ECGs against the block it holds through ``ets_loss``'s block
-    mode (no diagonal but its own) and adds to the gradient that travels with the block, which after ``world`` hops is
-    complete and back at its owner. The mean of the returned values over ranks is the loss of the whole batch, and
-    gradients averaged over ranks (DDP, FSDP) are its gradients, exactly.
+    mode (no diagonal but its own) while it is on its way to the next rank already. What the block's gradient gains here
+    follows one hop behind, and is complete when it is back at its owner. The mean of the returned values over ranks is
+    the loss of the whole batch, and gradients averaged over ranks (DDP, FSDP) are its gradients, exactly.
 
     Args:
         ecg, text: float [b, D], this rank's rows.
@@ -49,20 +50,26 @@ def ring_ets_loss(
 def _ring(ecg, text, aligned, ecg_reports, text_reports, ranks, options):
     share = 1 / ranks.world if options["reduction"] == "mean" else 1  # of pairs: the columns of every block count
     total = ecg.new_zeros((), dtype=torch.promote_types(ecg.dtype, torch.float32))
-    grad_ecg, grad_block = torch.zeros_like(ecg), torch.zeros_like(text)
+    grad_ecg = torch.zeros_like(ecg)
     block, reports = text.detach().contiguous(), text_reports.contiguous()
+    returning = list  # the gradient on its way: none yet
     for hop in range(ranks.world):
+        coming = ranks.pass_on(block, reports) if hop + 1 < ranks.world else None  # while this one is scored
         with torch.enable_grad():
-            x, t = ecg.detach().requires_grad_(), block.requires_grad_()
+            x, t = ecg.detach().requires_grad_(), block.detach().requires_grad_()
             loss = share * ets_loss(
                 x, t, aligned, ecg_reports=ecg_reports, text_reports=reports, diagonal=hop == 0, **options
             )
-            gradients = torch.autograd.grad(loss, (x, t))
+            d_ecg, d_block = torch.autograd.grad(loss, (x, t))
         total += loss.detach()
-        grad_ecg += gradients[0]
-        grad_block += gradients[1]
-        block, grad_block, reports = ranks.pass_on((block.detach(), grad_block, reports))
-    return _Known.apply(ecg, text, total, grad_ecg, grad_block)
+        grad_ecg += d_ecg
+        if hop == 0:
+            grad_text = d_block  # stays at home
+        else:
+            returning = ranks.pass_on(sum(returning(), start=d_block))
+        if coming:
+            block, reports = coming()
+    return _Known.apply(ecg, text, total, grad_ecg, sum(returning(), start=grad_text))
 
 
 class CachedEts:

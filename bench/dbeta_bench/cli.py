@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-BENCHMARKS = ("kernels", "attention", "loader", "negatives", "step", "encode")
+BENCHMARKS = ("kernels", "attention", "loader", "negatives", "step", "ranks", "encode")
 
 
 def _options(command):
@@ -94,6 +94,7 @@ def step(out, against, device, **options) -> None:
     _run(["step"], out, against, device, **options)
 
 
+_plain("ranks", "The ETS loss over several processes: round the ring, and gathered.")
 _plain("encode", "ECG features from a trained model: latency and throughput.")
 
 
