@@ -1,7 +1,8 @@
 """The ETS loss (paper Eq. 4) over more features than one forward pass holds: over ranks, and over micro-batches.
 
 Other ranks' diagonals and other micro-batches' are negatives, and the gradients are those of one process with the whole
-batch, exactly.
+batch, exactly. Over ranks texts go round a ring: gathered in parts, at the same memory, they measured no faster
+(``dbeta-bench ranks``; "The ETS loss over ranks" in bench/NOTES.md).
 """
 
 from typing import Any
