@@ -165,7 +165,7 @@ def test_gpu_back_ends(backend, capacity):
     for dtype, device, name in ((torch.float64, "cpu", "reference"), (torch.bfloat16, "cuda", backend)):
         here = mask.to(device)
         rows = Rows(here) if capacity is None else Rows.packed(here, capacity)
-        q, k, v = (g.to(device, dtype).requires_grad_() for g in grids[:3])
+        q, k, v = (g.to(device, dtype).detach().requires_grad_() for g in grids[:3])
         ecg = torch.ones(3, 7, 2, 64, dtype=dtype, device=device, requires_grad=True)
         own = attend(rows.pack(q), rows.pack(k), rows.pack(v), rows=rows, key_rows=rows, backend=name)
         cross = attend(ecg, rows.pack(k), rows.pack(v), key_rows=rows, backend=name)
@@ -187,7 +187,7 @@ def test_a_bias_on_the_gpu(longest):
     learned = torch.randn(1, 2, longest, longest, dtype=torch.float64, generator=generator)
     results = []
     for dtype, device, name in ((torch.float64, "cpu", "reference"), (torch.bfloat16, "cuda", "sdpa-flash")):
-        q, k, v, upstream, bias = (x.to(device, dtype).requires_grad_() for x in (*grids, learned))
+        q, k, v, upstream, bias = (x.to(device, dtype).detach().requires_grad_() for x in (*grids, learned))
         masked = bias.masked_fill(~mask.to(device)[:, None, None, :], -torch.inf)
         out = attend(q, k, v, bias=masked, scale=1.0, backend=name)
         results.append([x.double().cpu() for x in (out, *torch.autograd.grad(out, (q, k, v, bias), upstream))])
