@@ -228,11 +228,10 @@ def waiting(rehearse: bool) -> Rows:
 
         def run(bench=bench, provider=provider):
             for _ in range(3):
-                made = bench.batch()
                 if not rehearse:
                     torch.cuda.set_sync_debug_mode("error")
                 try:
-                    bench.stepper.step([made])
+                    bench.stepper.step([bench.batch()])
                 finally:
                     if not rehearse:
                         torch.cuda.set_sync_debug_mode("default")
