@@ -22,6 +22,16 @@ def _announce_again(monkeypatch):
     monkeypatch.setattr("dbeta.runtime._announced", set())
 
 
+@pytest.fixture(autouse=True)
+def _tf32_as_before():
+    """What a run sets for its process must not reach the next test's float32."""
+    owners = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [owner.allow_tf32 for owner in owners]
+    yield
+    for owner, value in zip(owners, before):
+        owner.allow_tf32 = value
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

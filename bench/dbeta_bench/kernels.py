@@ -55,7 +55,7 @@ def _case(spec: KernelSpec, case, options, dtype, where, ceiling, repeats, say) 
 
     inputs = make(0)
     backend = "fused" if where.type == "cuda" and not INTERPRETED else "reference" if INTERPRETED else "auto"
-    hold = judge(spec, inputs, dtype, paper=True)
+    hold = judge(spec, inputs, dtype, paper=True, slack=spec.slack)
     hold(partial(spec.function, backend=backend))
     least = ceiling.seconds(spec.flops(inputs), spec.bytes(inputs), dtype)
     providers = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-GRAPH_BELOW_S = 20e-6  # a launch from Python takes longer than such a call: it is timed inside a CUDA graph
-GRAPH_CALLS = 64
+GRAPH_BELOW_S = 2e-3  # launching such a call from Python may take longer than its work: it is timed as a CUDA graph
+GRAPH_CALLS, GRAPH_S = 64, 10e-3  # at most so many calls in a graph, and about so long
 
 
 def interleave(
@@ -60,20 +60,24 @@ def _clock(call: Callable[[], Any], device: torch.device, warmup: int) -> tuple[
             call()
         return "clock", lambda: _host_seconds(call)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # as CUDA graphs want their warm-up
         for _ in range(warmup):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    if min(_device_seconds(call) for _ in range(3)) > 10 * GRAPH_BELOW_S:
+    taken = min(_device_seconds(call) for _ in range(3))
+    if taken > GRAPH_BELOW_S:
         return "events", lambda: _device_seconds(call)
+    calls = min(GRAPH_CALLS, math.ceil(GRAPH_S / taken))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
-            call()
-    graph.replay()
-    if _device_seconds(graph.replay) / GRAPH_CALLS > GRAPH_BELOW_S:
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+        graph.replay()
+    except RuntimeError:  # it waits for the device
         return "events", lambda: _device_seconds(call)
-    return "graph", lambda: _device_seconds(graph.replay) / GRAPH_CALLS
+    return "graph", lambda: _device_seconds(graph.replay) / calls
 
 
 def _host_seconds(call: Callable[[], Any]) -> float:

@@ -6,7 +6,7 @@ Back-ends (``runtime.attention``):
 
 * ``flash-attn``   the flash-attn package: FlashAttention-2 with dropout, packed text through its varlen functions
 * ``sdpa-flash``   PyTorch's own FlashAttention-2, pinned; it takes no mask, so masked keys go through ``sdpa``
-* ``sdpa``         ``scaled_dot_product_attention`` with an explicit mask or bias, whatever kernel PyTorch picks
+* ``sdpa``         ``scaled_dot_product_attention`` with a mask or bias, whatever kernel PyTorch picks but cuDNN's
 * ``reference``    the formula written out, one softmax in the dtype of its input
 
 ``auto`` takes the first that this machine has. Flash kernels need bf16 or fp16 on CUDA and know no additive bias, so
@@ -173,12 +173,15 @@ def attend(
 
 
 def _pinned(backend: str, flash: bool, biased: bool) -> contextlib.AbstractContextManager:
-    """The kernels that PyTorch may choose from for one call."""
+    """The kernels that PyTorch may choose from for one call: not cuDNN's, its first choice on Hopper since torch 2.11.
+
+    That one gives no gradient of a bias (T5's), and NaN for some masked lengths (pytorch/pytorch#196678).
+    """
     if backend == "sdpa-flash" and flash and not biased:
         return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
     if torch.are_deterministic_algorithms_enabled():  # the memory-efficient kernel adds gradients in any order
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
-    return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:

@@ -314,6 +314,7 @@ register(
             "norm taken for constant": Mutant("_first_gradients", "(d_gamma * rstd)", "0 * (d_gamma * rstd)", "ragged"),
         },
         aot=stem_kernels.AOT,
+        slack=3.0,
         flops=_flops,
         bytes=_bytes,
         peers={"matrix products": products},

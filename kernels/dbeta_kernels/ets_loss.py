@@ -289,7 +289,8 @@ def _siglip(ecg, text, aligned, *, scale=1.0, bias=0.0, chunk=1024, **_) -> Tens
         y[own].diagonal().copy_(2.0 * aligned[own] - 1.0)
         return -F.logsigmoid(y * z).sum()
 
-    blocks = [checkpoint(block, ecg, t, i * chunk, use_reentrant=False) for i, t in enumerate(text.split(chunk))]
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random, and a graph cannot hold the state
+    blocks = [checkpoint(block, ecg, t, i * chunk, **options) for i, t in enumerate(text.split(chunk))]
     return torch.stack(blocks).sum() / len(ecg)
 
 

@@ -67,6 +67,8 @@ class KernelSpec:
         ranges: option -> (low, high) inclusive, for shapes drawn at random.
         differentiable: inputs that get a gradient (a tuple of tensors counts as many).
         interpreted: the dtypes the Triton interpreter computes rightly (its bfloat16 ``tl.dot`` returns garbage).
+        slack: of ``checking.judge``, at the paper's sizes: for several roundings in a row, where for one of so many
+            elements the reference is right by luck.
         truth: replaces ``reference`` for the float64 truth of paper-sized cases, where that would not fit in memory.
         flops, bytes: of one call (forward + backward where there is one), the minimum that must be done and moved.
         peers: other implementations worth a row in the benchmark, called as ``peer(**inputs)``.
@@ -88,6 +90,7 @@ class KernelSpec:
     mutants: Mapping[str, Mutant] = field(default_factory=dict)
     deterministic: bool = True
     aot: Mapping[str, AotConfig] = field(default_factory=dict)
+    slack: float = 0.0
     truth: Callable[..., Any] | None = None
     flops: Callable[[Inputs], float]
     bytes: Callable[[Inputs], float]

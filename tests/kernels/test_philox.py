@@ -1,5 +1,6 @@
 """Philox4x32-10 against the published known answers (Random123), and what the draws promise."""
 
+import pytest
 import torch
 
 from dbeta_kernels import philox
@@ -26,6 +27,15 @@ def test_a_draw_depends_on_its_row_alone():
     assert torch.equal(whole[4:7], philox.words(7, philox.LEAD_MASK, 3, rows[4:7], 12))
     assert torch.equal(whole[:, :5], philox.words(7, philox.LEAD_MASK, 3, rows, 5))
     assert torch.equal(whole, philox.words(7, philox.LEAD_MASK, torch.tensor(3), rows, 12))
+
+
+@pytest.mark.parametrize("seed", [0, 7, (1 << 40) + 17])
+@pytest.mark.parametrize(("step", "count"), [(0, 1), (3, 312), (2**32 - 1, 1030)])
+def test_the_kernel_draws_the_same(seed, step, count, device):
+    for rows in (torch.arange(3) * 5 + 2, torch.tensor(9), torch.arange(8)[::2], torch.arange(0)):
+        for stream in (philox.ECG_MASK, philox.MLM_REPLACE):
+            drawn = philox.launched(seed, stream, step, rows.to(device), count)
+            assert torch.equal(drawn.cpu(), philox.words(seed, stream, step, rows, count))
 
 
 def test_streams_steps_and_seeds_differ():

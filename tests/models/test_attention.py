@@ -137,6 +137,18 @@ def test_flash_attn_is_given_every_row_once(monkeypatch, layout):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["sdpa-flash", "sdpa"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_never_cudnn(backend, biased, deterministic, monkeypatch):
+    """PyTorch's first choice on Hopper: it refuses a bias that wants a gradient, and some masks give it NaN."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with attention._pinned(backend, True, biased):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.math_sdp_enabled() or not biased
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash-attn", "sdpa-flash", "sdpa"])
 @pytest.mark.parametrize("capacity", [None, 15, 40])
@@ -153,7 +165,7 @@ def test_gpu_back_ends(backend, capacity):
     for dtype, device, name in ((torch.float64, "cpu", "reference"), (torch.bfloat16, "cuda", backend)):
         here = mask.to(device)
         rows = Rows(here) if capacity is None else Rows.packed(here, capacity)
-        q, k, v = (g.to(device, dtype).requires_grad_() for g in grids[:3])
+        q, k, v = (g.to(device, dtype).detach().requires_grad_() for g in grids[:3])
         ecg = torch.ones(3, 7, 2, 64, dtype=dtype, device=device, requires_grad=True)
         own = attend(rows.pack(q), rows.pack(k), rows.pack(v), rows=rows, key_rows=rows, backend=name)
         cross = attend(ecg, rows.pack(k), rows.pack(v), key_rows=rows, backend=name)
@@ -161,5 +173,23 @@ def test_gpu_back_ends(backend, capacity):
         out = torch.cat([rows.unpack(x)[here].flatten() for x in (own, reverse)] + [cross.flatten()])
         (out * torch.linspace(-1, 1, len(out), dtype=dtype, device=device)).sum().backward()
         results.append([x.double().cpu() for x in (out, q.grad, k.grad, v.grad, ecg.grad)])
+    for truth, found in zip(*results):
+        torch.testing.assert_close(found, truth, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("longest", [16, 64])
+def test_a_bias_on_the_gpu(longest):
+    """T5's: learned, unscaled, with the key mask in it; bf16 on the device against float64, all gradients."""
+    mask = mask_of(longest, 1, 9, longest=longest)
+    generator = torch.Generator().manual_seed(0)
+    grids = [torch.randn(3, longest, 2, 64, dtype=torch.float64, generator=generator) / 4 for _ in range(4)]
+    learned = torch.randn(1, 2, longest, longest, dtype=torch.float64, generator=generator)
+    results = []
+    for dtype, device, name in ((torch.float64, "cpu", "reference"), (torch.bfloat16, "cuda", "sdpa-flash")):
+        q, k, v, upstream, bias = (x.to(device, dtype).detach().requires_grad_() for x in (*grids, learned))
+        masked = bias.masked_fill(~mask.to(device)[:, None, None, :], -torch.inf)
+        out = attend(q, k, v, bias=masked, scale=1.0, backend=name)
+        results.append([x.double().cpu() for x in (out, *torch.autograd.grad(out, (q, k, v, bias), upstream))])
     for truth, found in zip(*results):
         torch.testing.assert_close(found, truth, rtol=3e-2, atol=3e-2)

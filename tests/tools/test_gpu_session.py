@@ -10,6 +10,13 @@ import pytest
 from tools import gpu_session
 from tools.profile_step import profile
 
+SLOW = """
+import time
+
+def test_right(): pass
+def test_wrong(): assert 1 == 2
+def test_slow(): time.sleep(100)
+"""
 SCRIPT = Path(gpu_session.__file__)
 BROKEN = """
 import sys, time
@@ -46,8 +53,28 @@ def test_no_part_takes_another_with_it(tmp_path):
     assert "good" in done.stdout.splitlines()[-1]
 
 
-def test_it_ends_in_nine_minutes():
-    assert sum(seconds for _, seconds in gpu_session.PARTS.values()) <= 530
+def test_it_ends_in_ten_minutes():
+    assert sum(seconds for _, seconds in gpu_session.PARTS.values()) <= 560
+
+
+def test_the_tests_report_what_they_had_time_for(tmp_path, monkeypatch):
+    """The limit comes before the end: pytest is interrupted, and what it has is read."""
+    slow = tmp_path / "test_slow.py"
+    slow.write_text(SLOW)
+    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_session, "GPU_TESTS", "not nothing")
+    monkeypatch.setattr(gpu_session, "_has", lambda module: False)
+    monkeypatch.setenv("DBETA_SESSION_OUT", str(tmp_path))
+    monkeypatch.setenv("DBETA_SESSION_SECONDS", str(gpu_session.WINDING_UP + 10))
+    (tmp_path / "tests").symlink_to(tmp_path)
+    counts, wrong = gpu_session.tests(rehearse=False)
+    assert (counts["passed"], counts["failures"]) == (1, 1)
+    assert wrong["failed"].endswith("::test_wrong") and "1 == 2" in wrong["message"]
+
+
+def test_no_slow_test_takes_the_session_s_time(pytestconfig):
+    """pytest's last -m counts, so the session has to leave them out itself."""
+    assert "not slow" in pytestconfig.getini("addopts")[-1] and "not slow" in gpu_session.GPU_TESTS
 
 
 @pytest.mark.slow
