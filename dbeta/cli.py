@@ -1,11 +1,11 @@
 """The commands ``dbeta`` and ``dbeta-pretrain``: options in, one call out. Lazy imports keep help instant."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from dbeta.evaluation.commands import register as register_evaluate
+from dbeta.one_line import Command, Group
 
 SOURCES = ("mimic-iv-ecg", "ptb-xl", "cpsc2018", "csn", "cinc2021", "code-test", "code-15", "ptb", "sph", "synthetic")
 DEVICE = click.Choice(["auto", "cpu", "cuda"])
@@ -13,25 +13,7 @@ FOLDER = click.Path(path_type=Path)
 LENGTHS_HELP = "Records that are not 10 s: zero-padded if shorter; their first 10 s or the mean of windows if longer."
 
 
-class OneLine(click.Command):
-    """A command whose user errors end in one line and exit code 2, never in a traceback."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except (ValueError, OSError, ArithmeticError, ImportError) as error:
-            failure = click.ClickException(" ".join(str(error).split()))
-            failure.exit_code = 2
-            raise failure from error
-
-
-class OneLineGroup(click.Group):
-    """A group of such commands."""
-
-    command_class = OneLine
-
-
-@click.command(cls=OneLine, context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.option("--preset", help="smoke, paper, released, hopper, or a TOML file.  [default: smoke]")
 @click.option("--data", type=FOLDER, help="Corpus made by `dbeta prepare`; without it, the built-in synthetic one.")
 @click.option("--out", type=FOLDER, help="Run folder.  [default: runs/PRESET-TIME]")
@@ -58,7 +40,7 @@ def pretrain(preset, data, out, resume, compile_, device, seed, overrides, show_
     run(config, data=data, out=out, resume=resume, show_examples=show_examples)
 
 
-@click.group(cls=OneLineGroup, context_settings={"show_default": True})
+@click.group(cls=Group, context_settings={"show_default": True})
 @click.version_option(package_name="dbeta")
 def main():
     """Pre-train and use D-BETA, a model that learns 12-lead ECGs and their reports together."""
