@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from dbeta.data.formats import STANDARD, Raw, count_exams, load_mat, read_code15_mat, read_cpsc_mat, read_sph, trim
+from dbeta.data.formats import STANDARD, Raw, count_exams, from_code15, from_cpsc, load_mat, read_sph, trim
 from dbeta.data.wfdb_files import read_wfdb
 
 LEADS = STANDARD
@@ -208,9 +208,9 @@ def read_raw(path: Path) -> tuple[str, Raw]:
     if path.suffix == ".mat":
         content = load_mat(path)
         if "ECG" in content:
-            return "CPSC .mat", read_cpsc_mat(path)
+            return "CPSC .mat", from_cpsc(content)
         if "feats" in content:
-            return "CODE-15 .mat", trim(read_code15_mat(path))
+            return "CODE-15 .mat", trim(from_code15(content))
         held = ", ".join(name for name in content if name[0] != "_")
         raise ValueError(f"unknown format: it holds {held}, and no .hea is beside it; accepted: {ACCEPTED}")
     raise ValueError(f"unknown format: {path.suffix or 'no ending'} without a .hea; accepted: {ACCEPTED}")
