@@ -1,5 +1,6 @@
 """Raw records of every form, with the traps that real data sets hold, against wfdb and scipy."""
 
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -231,6 +232,39 @@ def test_cells_in_cells_do_not_end_the_process(tmp_path, packed):
     (tmp_path / "A1.mat").write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 0x100, b"IM") + body)
     with pytest.raises(ValueError, match=r"too large: A1.mat has more than 4,000 elements"):
         read_record(tmp_path / "A1.mat")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("", "'' is no path of a record"), (None, "None is no path of a record"), (b"r1.hea", "b'r1.hea' is no path"),
+        (Path(""), ".: no record: a folder"), ("/", "/: no record: a folder"), ("{}", "no record: a folder"),
+        ("{}/folder.mat", "no record: a folder"), ("{}/folder.h5#0", "folder.h5#0: no record: a folder"),
+        ("{}/none", "none: no record: no such file"), ("{}/none.hea", "none.hea: no record: no such file"),
+        ("{}/none.mat", "none.mat: no record: no such file"), ("{}/none.hdf5#3", "none.hdf5#3: no record: no such"),
+        ("{}/notes.txt", "unknown format: .txt without a .hea"),
+    ],
+)  # fmt: skip
+def test_paths_of_no_record(tmp_path, path, said):
+    for name in ("folder.mat", "folder.h5"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").write_text("no record")
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        read_ecg(path.format(tmp_path) if isinstance(path, str) else path)
+    assert "accepted: WFDB" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_path_that_cannot_be_looked_at():
+    with pytest.raises(ValueError, match=r"xxx: cannot be read: File name too long"):
+        read_ecg("x" * 300)
+
+
+def test_a_lost_signal_is_not_a_lost_record(tmp_path):
+    written(tmp_path, np.arange(200).reshape(100, 2), "16")
+    (tmp_path / "r1.dat").unlink()
+    for name in ("r1", "r1.hea", "r1.dat"):
+        with pytest.raises(ValueError, match=f"{name}: missing signal file: r1.dat"):
+            read_ecg(tmp_path / name)
 
 
 def packed_mat(path: Path, *elements: bytes) -> Path:

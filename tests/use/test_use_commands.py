@@ -131,6 +131,8 @@ def test_finding(mixed, tmp_path):
     assert find_records([mixed / "lonely"]) == [str(mixed / "lonely")]
     with pytest.raises(ValueError, match="nowhere is not there"):
         find_records([mixed / "deep", mixed / "nowhere"])
+    with pytest.raises(ValueError, match="a path is empty"):
+        find_records([mixed / "deep", ""])
     with pytest.raises(ValueError, match="no record in"):
         find_records([f"{tmp_path}/*.hea"])
 
