@@ -248,7 +248,13 @@ HTML = b"<!DOCTYPE html><html><body>Log in to Hugging Face</body></html>"
         ("page.safetensors", b"\n " + HTML, "is a web page, not a checkpoint"),
         ("pointer.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         ("empty.pt", b"", "is an empty file"),
+        ("notes.txt", b"hello world\n", "is a text file, not a checkpoint; give"),
+        ("umlauts.pt", "# Läufe\n".encode() * 200, "is a text file, not a checkpoint; give"),
+        ("config.safetensors", b'{"model": {"width": 768}}', "is a text file, not a checkpoint; give"),
+        ("packed.pt", b"\x1f\x8b\x08\x00\xff", "is a gzip archive, not a checkpoint; give"),
+        ("image.pt", b"\x89PNG\r\n\x1a\n\x00", r"its first bytes are b'\x89PNG\r\n\x1a\n'; give the released"),
         ("code.pt", pickle.dumps({"model": Payload()}), "holds more than tensors and is not read"),
+        ("old.pt", pickle.dumps({"model": Payload()}, protocol=0), "holds more than tensors and is not read"),
         ("absent.pt", None, "cannot be read"),
     ],
 )
