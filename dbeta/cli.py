@@ -119,9 +119,10 @@ def _reading(command):
 def embed(model, paths, out, column, lengths, batch, workers, device):
     """Features of records: files, folders, globs, tables of paths. Killed, the same command goes on."""
     from dbeta import DBeta
-    from dbeta.use.embed import embed
+    from dbeta.use.embed import check_out, embed
     from dbeta.use.find import find_records
 
+    check_out(out)
     names = find_records(paths, column)
     model = DBeta.from_pretrained(model, device=device)
     failures = embed(model, names, out, lengths=lengths, batch=batch, workers=workers)
@@ -140,9 +141,12 @@ def ask(model, paths, prompts, out, tokenizer, column, lengths, batch, workers, 
     """Scores of your own descriptions for records: dot products that rank records, not probabilities."""
     from dbeta import DBeta
     from dbeta.evaluation.prompts import read_prompts
+    from dbeta.files import must_be_writable
     from dbeta.use.embed import ask, show, write_table
     from dbeta.use.find import find_records
 
+    if out:
+        must_be_writable(out)
     texts, names = read_prompts(prompts), find_records(paths, column)
     model = DBeta.from_pretrained(model, tokenizer=tokenizer, device=device)
     rows, failures = ask(model, names, texts, lengths=lengths, batch=batch, workers=workers)
@@ -182,9 +186,11 @@ def doctor(path, checksums, splits, against, out, limit):
     """What is in a folder of records or a corpus; exit code 1 where something would be rejected."""
     import json
 
-    from dbeta.files import write_whole
+    from dbeta.files import must_be_writable, write_whole
     from dbeta.use.doctor import examine, show
 
+    if out:
+        must_be_writable(out, option="--json")
     survey = examine(path, checksums=checksums, splits=splits, against=against, limit=limit)
     _print(show(survey))
     if out:
@@ -200,8 +206,10 @@ def doctor(path, checksums, splits, against, out, limit):
 def export(model, out):
     """The ECG encoder for other runtimes, checked against PyTorch."""
     from dbeta import DBeta
-    from dbeta.use.export import export
+    from dbeta.files import must_be_writable
+    from dbeta.use.export import KINDS, export
 
+    must_be_writable(out, KINDS)
     model = DBeta.from_pretrained(model)
     worst = export(model, out)
     shape = f"ecg float32 [B, {model.config.leads}, {model.config.samples}] -> features [B, {model.config.width}]"

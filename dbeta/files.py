@@ -67,6 +67,22 @@ def _is_text(start: bytes) -> bool:
     return all(c.isprintable() or c.isspace() for c in text)
 
 
+def must_be_writable(out: Path, kinds: tuple[str, ...] = (), option: str = "--out") -> None:
+    """Refuse a file to write before the work, not after it; its folder may still have to be made.
+
+    Raises:
+        ValueError: another ending than one of ``kinds``, a folder, or no place to write to.
+    """
+    if kinds and out.suffix not in kinds:
+        raise ValueError(f"{option} {out}; accepted endings: {', '.join(kinds)}")
+    if out.is_dir():
+        raise ValueError(f"{option} {out} is a folder; give the name of a file in it")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "cannot be written to" if folder.is_dir() else "is no folder"
+        raise ValueError(f"{option} {out} cannot be written: {folder} {what}; choose another place")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader finds the whole of it or what was there before, even after a power cut."""
     partial = path.with_name(f".{path.name}")
