@@ -1,11 +1,11 @@
 """The commands ``dbeta`` and ``dbeta-pretrain``: options in, one call out. Lazy imports keep help instant."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from dbeta.evaluation.commands import register as register_evaluate
+from dbeta.one_line import Command, Group
 
 SOURCES = ("mimic-iv-ecg", "ptb-xl", "cpsc2018", "csn", "cinc2021", "code-test", "code-15", "ptb", "sph", "synthetic")
 DEVICE = click.Choice(["auto", "cpu", "cuda"])
@@ -13,25 +13,7 @@ FOLDER = click.Path(path_type=Path)
 LENGTHS_HELP = "Records that are not 10 s: zero-padded if shorter; their first 10 s or the mean of windows if longer."
 
 
-class OneLine(click.Command):
-    """A command whose user errors end in one line and exit code 2, never in a traceback."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except (ValueError, OSError, ArithmeticError, ImportError) as error:
-            failure = click.ClickException(" ".join(str(error).split()))
-            failure.exit_code = 2
-            raise failure from error
-
-
-class OneLineGroup(click.Group):
-    """A group of such commands."""
-
-    command_class = OneLine
-
-
-@click.command(cls=OneLine, context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.option("--preset", help="smoke, paper, released, hopper, or a TOML file.  [default: smoke]")
 @click.option("--data", type=FOLDER, help="Corpus made by `dbeta prepare`; without it, the built-in synthetic one.")
 @click.option("--out", type=FOLDER, help="Run folder.  [default: runs/PRESET-TIME]")
@@ -58,7 +40,7 @@ def pretrain(preset, data, out, resume, compile_, device, seed, overrides, show_
     run(config, data=data, out=out, resume=resume, show_examples=show_examples)
 
 
-@click.group(cls=OneLineGroup, context_settings={"show_default": True})
+@click.group(cls=Group, context_settings={"show_default": True})
 @click.version_option(package_name="dbeta")
 def main():
     """Pre-train and use D-BETA, a model that learns 12-lead ECGs and their reports together."""
@@ -137,9 +119,10 @@ def _reading(command):
 def embed(model, paths, out, column, lengths, batch, workers, device):
     """Features of records: files, folders, globs, tables of paths. Killed, the same command goes on."""
     from dbeta import DBeta
-    from dbeta.use.embed import embed
+    from dbeta.use.embed import check_out, embed
     from dbeta.use.find import find_records
 
+    check_out(out)
     names = find_records(paths, column)
     model = DBeta.from_pretrained(model, device=device)
     failures = embed(model, names, out, lengths=lengths, batch=batch, workers=workers)
@@ -158,9 +141,12 @@ def ask(model, paths, prompts, out, tokenizer, column, lengths, batch, workers, 
     """Scores of your own descriptions for records: dot products that rank records, not probabilities."""
     from dbeta import DBeta
     from dbeta.evaluation.prompts import read_prompts
+    from dbeta.files import must_be_writable
     from dbeta.use.embed import ask, show, write_table
     from dbeta.use.find import find_records
 
+    if out:
+        must_be_writable(out)
     texts, names = read_prompts(prompts), find_records(paths, column)
     model = DBeta.from_pretrained(model, tokenizer=tokenizer, device=device)
     rows, failures = ask(model, names, texts, lengths=lengths, batch=batch, workers=workers)
@@ -200,9 +186,11 @@ def doctor(path, checksums, splits, against, out, limit):
     """What is in a folder of records or a corpus; exit code 1 where something would be rejected."""
     import json
 
-    from dbeta.files import write_whole
+    from dbeta.files import must_be_writable, write_whole
     from dbeta.use.doctor import examine, show
 
+    if out:
+        must_be_writable(out, option="--json")
     survey = examine(path, checksums=checksums, splits=splits, against=against, limit=limit)
     _print(show(survey))
     if out:
@@ -218,8 +206,10 @@ def doctor(path, checksums, splits, against, out, limit):
 def export(model, out):
     """The ECG encoder for other runtimes, checked against PyTorch."""
     from dbeta import DBeta
-    from dbeta.use.export import export
+    from dbeta.files import must_be_writable
+    from dbeta.use.export import KINDS, export
 
+    must_be_writable(out, KINDS)
     model = DBeta.from_pretrained(model)
     worst = export(model, out)
     shape = f"ecg float32 [B, {model.config.leads}, {model.config.samples}] -> features [B, {model.config.width}]"

@@ -1,12 +1,18 @@
 """Files that are whole or absent: written aside, synced, renamed; and what tells a damaged one."""
 
+import codecs
+import contextlib
 import csv
 import hashlib
 import io
 import os
+import pickletools
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+
+# What a file of other data starts with.
+KINDS = {b"\x1f\x8b": "a gzip archive", b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"%PDF": "a PDF"}
 
 
 def file_digest(path: Path) -> str:
@@ -30,14 +36,51 @@ def foreign(path: Path) -> str:
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # it may unpack to anything
             return "is a compressed archive, which torch.save never writes; save its tensors again"
     with path.open("rb") as file:
-        head = file.read(1024).lstrip().lower()
+        start = file.read(1024)
+    head = start.lstrip().lower()
     if not head:
         return "is an empty file; download it again"
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not a checkpoint: the download met a login or an error page; download it again"
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file it stands for; fetch it with git lfs pull"
-    return ""
+    kind = next((kind for mark, kind in KINDS.items() if start.startswith(mark)), "")
+    if not kind and _is_text(start) and not pickled(start):
+        kind = "a text file"
+    return f"is {kind}, not a checkpoint; give the file of its tensors" if kind else ""
+
+
+def pickled(start: bytes) -> bool:
+    """Whether a file that starts so can be a pickle, or an archive of torch with one in it."""
+    if start.startswith((b"\x80", b"PK")):
+        return True
+    with contextlib.suppress(ValueError):  # the oldest pickles are text; this takes them apart and runs nothing
+        return all(pickletools.genops(start))
+    return False
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # its last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return all(c.isprintable() or c.isspace() for c in text)
+
+
+def must_be_writable(out: Path, kinds: tuple[str, ...] = (), option: str = "--out") -> None:
+    """Refuse a file to write before the work, not after it; its folder may still have to be made.
+
+    Raises:
+        ValueError: another ending than one of ``kinds``, a folder, or no place to write to.
+    """
+    if kinds and out.suffix not in kinds:
+        raise ValueError(f"{option} {out}; accepted endings: {', '.join(kinds)}")
+    if out.is_dir():
+        raise ValueError(f"{option} {out} is a folder; give the name of a file in it")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "cannot be written to" if folder.is_dir() else "is no folder"
+        raise ValueError(f"{option} {out} cannot be written: {folder} {what}; choose another place")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from dbeta.cli import main, pretrain
+from dbeta_bench.cli import main as bench
 
 EVALUATE = {"--data", "--out", "--untrained", "--bootstrap", "--device", "--set"}
 SETS = {"--splits", "--derive", "--patients", "--sets", "--labels"}
@@ -65,3 +66,32 @@ def test_help_explains_every_option(name):
 def test_help_does_not_wait_for_torch():
     code = "import sys, dbeta.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "told"),
+    [
+        (main, "--versoin", ("dbeta: No such option '--versoin'", "--version", "see dbeta --help")),
+        (main, "emebd", ("dbeta: No such command 'emebd'", "see dbeta --help")),
+        (main, "prepare", ("dbeta prepare: Missing argument", "ptb-xl", "synthetic", "see dbeta prepare --help")),
+        (main, "prepare ptb-xl .", ("dbeta prepare: Missing option '--out'", "see dbeta prepare --help")),
+        (main, "prepare ptb_xl . --out c", ("'ptb_xl' is not one of", "'ptb-xl'", "see dbeta prepare --help")),
+        (main, "prepare ptb-xl . --out c --workers 0", ("'--workers': 0 is not in the range x>=1",)),
+        (main, "export MODEL more --out e.pt2", ("dbeta export: Got unexpected extra argument (more)",)),
+        (main, "evaluate", ("Usage: dbeta evaluate",)),
+        (main, "evaluate all MODEL", ("Missing option '--data'", "see dbeta evaluate all --help")),
+        (main, "evaluate al MODEL", ("dbeta evaluate: No such command 'al'", "see dbeta evaluate --help")),
+        (pretrain, "--seed x", ("dbeta-pretrain: Invalid value for '--seed'", "see dbeta-pretrain --help")),
+        (bench, "--device cpu", ("dbeta-bench: No such option '--device'", "see dbeta-bench --help")),
+        (bench, "step --batch 0", ("dbeta-bench step: Invalid value for '--batch'", "see dbeta-bench step --help")),
+        (bench, "step --workload uniform --device cpu", ("workload 'uniform'; accepted: real",)),
+        (bench, "kernels --compile-only --out f", ("it takes no other option", "see dbeta-bench kernels --help")),
+    ],
+)
+def test_mistakes_are_one_line(command, words, told):
+    """Click's own, too: the command, what is wrong, and where to look; only a group alone shows its help."""
+    name = {main: "dbeta", pretrain: "dbeta-pretrain", bench: "dbeta-bench"}[command]
+    done = CliRunner().invoke(command, words.split(), prog_name=name)
+    assert done.exit_code == 2 and all(word in done.stderr for word in told), done.output
+    if words != "evaluate":
+        assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1 and not done.stdout.count("Usage")

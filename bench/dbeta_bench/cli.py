@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from dbeta.one_line import Group
+
 BENCHMARKS = ("kernels", "attention", "loader", "negatives", "step", "ranks", "encode")
 
 
@@ -23,17 +25,14 @@ def _run(names, out, against, device, **options) -> None:
     from dbeta_bench import results
 
     failed, rows = [], {}
-    try:
-        older = results.load(against) if against else None
-        where = str(resolve_device(device))
-        for name in names:
-            click.echo(f"== {name}")
-            try:
-                rows[name] = importlib.import_module(f"dbeta_bench.{name}").run(device=where, say=click.echo, **options)
-            except (ArithmeticError, AssertionError) as error:  # a check in front of a time has failed
-                failed.append(f"{name}: {error}")
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    older = results.load(against) if against else None
+    where = str(resolve_device(device))
+    for name in names:
+        click.echo(f"== {name}")
+        try:
+            rows[name] = importlib.import_module(f"dbeta_bench.{name}").run(device=where, say=click.echo, **options)
+        except (ArithmeticError, AssertionError) as error:  # a check in front of a time has failed
+            failed.append(f"{name}: {error}")
     document = results.document(where, rows)
     if out:
         results.save(out, document)
@@ -44,7 +43,7 @@ def _run(names, out, against, device, **options) -> None:
         raise click.ClickException("; ".join(failed))
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Measure dbeta on this machine."""
 

@@ -40,6 +40,14 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "fused + compile": {"kernels": "auto", "removals": True, "compile": True},
 }
 
+# In front of the times, each provider's step of CHECKED records without dropout is held to the reference's: every loss,
+# and the norm of every parameter's gradient, may be off by this share of its own. On a CPU, full size, 3e-7 and 3e-6
+# were seen in float32, 0.012 and 0.25 in bf16 (largest where terms cancel); a gradient that is lost is off by 1.
+CHECKED = 4
+LOSSES = ("total", "mlm", "mem", "etm", "ets")
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.05, 0.5)}
+_checked: set[tuple[str, Config]] = set()  # in this process: a compiled provider takes long to check
+
 
 def _conv_flops(x, weight, bias, keep, groups, kernel, *_, out_shape=None, **__) -> int:
     return 2 * math.prod(out_shape[:-1]) * math.prod(weight)
@@ -103,7 +111,7 @@ class Bench:
         runtime = dataclasses.replace(config.runtime, **PROVIDERS[provider])
         self.config = config = dataclasses.replace(config, runtime=runtime)
         self.device, self.provider = device, provider
-        prepare_process(runtime)  # without TF32 where it is float32
+        prepare_process(runtime)  # TF32 as in training: none for the reference
         torch.manual_seed(0)
         with device:
             model = DBeta(config.model, runtime)
@@ -167,6 +175,19 @@ class Bench:
         self.done += 1
         return {f"{n}_s": b - a for n, a, b in zip(("data", "forward", "backward", "optimizer"), marks, marks[1:])}
 
+    def computed(self) -> tuple[torch.dtype, dict[str, torch.Tensor]]:
+        """The dtype of the next step's products, and its losses and gradients by name, on the host."""
+        batch = self.batch()
+        with autocast(self.config.runtime, self.device):
+            low = torch.is_autocast_enabled(self.device.type)
+            losses = self.stepper.pretraining_losses(batch)
+        losses.total.backward()
+        found = {name: getattr(losses, name).detach().cpu() for name in LOSSES}
+        for name, parameter in self.stepper.model.named_parameters():
+            grad = parameter.grad  # None: no output reads it
+            found[name] = torch.zeros(parameter.shape) if grad is None else grad.cpu()
+        return torch.bfloat16 if low else torch.float32, found
+
     def executed_flops(self) -> float:
         """FLOPs of forward and backward of one batch: matrix products, convolutions and the operators of FORMULAS."""
         from torch.utils.flop_counter import FlopCounterMode
@@ -201,6 +222,36 @@ def dense_flops(bench: Bench) -> float:
     return float(counter.get_total_flops())
 
 
+def check(providers: tuple[str, ...], config: Config, where: torch.device) -> None:
+    """Hold losses and gradients of each provider to the reference's, on a batch of ``real``; once in a process.
+
+    Raises:
+        ArithmeticError: a provider computes something else.
+    """
+    model = dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0)  # each draws its own
+    config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, batch=CHECKED))
+    left = [name for name in providers if name != "reference" and (name, config) not in _checked]
+
+    def computed(provider: str) -> tuple[torch.dtype, dict[str, torch.Tensor]]:
+        found = Bench(provider, "real", config, where).computed()
+        _release(where)
+        return found
+
+    truth = computed("reference")[1] if left else {}
+    for provider in left:
+        dtype, found = computed(provider)
+        for name, exact in truth.items():
+            limit = TOLERANCE[dtype][name not in LOSSES]
+            error, size = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (found[name] - exact, exact))
+            if not error <= limit * size:
+                what = name if name in LOSSES else f"the gradient of {name}"
+                raise ArithmeticError(
+                    f"{provider}: {what} is off by {error / size:.1e} of the reference's, more than {limit:g} in "
+                    f"{str(dtype).removeprefix('torch.')}; no time is given"
+                )
+        _checked.add((provider, config))
+
+
 def run(
     *,
     device: str = "cpu",
@@ -212,7 +263,7 @@ def run(
     overrides: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Rows of medians per workload and provider.
+    """Rows of medians per workload and provider, behind a check of every provider against the reference.
 
     On a CPU providers take turns, so that a slow minute hits all alike. A GPU has a steady clock and no room for all of
     them at once: there one follows the other, a time is the mean of 8 steps that the host does not wait for, and a
@@ -227,6 +278,7 @@ def run(
 
     Raises:
         ValueError: an unknown workload or provider.
+        ArithmeticError: a provider that fails the check; nothing is timed then.
     """
     where = torch.device(device)
     gpu = where.type == "cuda"
@@ -236,6 +288,9 @@ def run(
         raise ValueError(f"provider {', '.join(unknown)}; accepted: {', '.join(PROVIDERS)}")
     batch = batch or (128 if gpu else 8)
     config = Config.load(preset, [f"train.batch={batch}", f"runtime.device={device}", *overrides])
+    for name in workloads:
+        workload(name)
+    check(providers, config, where)
     ceiling = roofline.measure(where).flops_per_s[torch.bfloat16 if gpu else torch.float32]
     rows = []
     for name in workloads:

@@ -38,6 +38,7 @@ PART = pa.schema(
         ("shard", pa.int32()), ("offset", pa.int64()), ("labels", pa.list_(pa.string())), ("sha256", pa.string()),
     ]
 )  # fmt: skip
+REJECTED = ("name", "reason", "action", "detail")  # columns of rejected.csv
 Row = dict[str, Any]
 
 
@@ -86,7 +87,8 @@ def write_corpus(plan: Plan, options: Options, out: Path, *, workers: int = 2) -
     """Write the corpus of ``plan`` to ``out``; returns the content of corpus.json.
 
     Raises:
-        ValueError: ``out`` holds something else, cannot be written, or holds an unfinished corpus of other options.
+        ValueError: ``out`` holds something else, cannot be written, or holds an unfinished corpus of other options; or
+            not one record can be used, and then nothing but rejected.csv is left in ``out``.
     """
     from dbeta.runtime import progress
 
@@ -109,6 +111,8 @@ def write_corpus(plan: Plan, options: Options, out: Path, *, workers: int = 2) -
                 for entry in pool(_number, ((out, i, first[i]) for i in range(len(sizes)) if counts[i])):
                     entries.append(entry)
                     advance(entry["records"])
+        if not entries:
+            raise ValueError(_none_kept(options, out, len(sizes)))
         return _finish(plan, options, out, len(sizes), sorted(entries, key=lambda entry: entry["name"]))
 
 
@@ -127,7 +131,8 @@ class _claimed:
         if (out / "corpus.json").exists():
             raise ValueError(f"--out {out} is already a corpus; choose another folder or delete it first")
         begun = {path.relative_to(out).as_posix() for path in out.rglob("*")} if out.is_dir() else set()
-        if not begun <= {BUILDING, f"{BUILDING}/.options.json"}:  # else a preparation was killed in its first moment
+        again = {"rejected.csv"} if _is_rejected(out / "rejected.csv") else set()  # all that is left if none was kept
+        if not begun <= {BUILDING, f"{BUILDING}/.options.json", *again}:  # else one was killed in its first moment
             if not mark.is_file():
                 raise ValueError(f"--out {out} is not empty and not an unfinished corpus; choose another folder")
             held = json.loads(mark.read_text())
@@ -152,6 +157,14 @@ class _claimed:
 
     def __exit__(self, *_: object) -> None:
         self.lock.close()
+
+
+def _is_rejected(path: Path) -> bool:
+    """Whether the file is a rejected.csv of ours, and not a user's that happens to have its name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(100).split(b"\r\n")[0] == ",".join(REJECTED).encode()
 
 
 def _write_plan(plan: Plan, seed: int, path: Path) -> None:
@@ -232,14 +245,13 @@ def _number(out: Path, shard: int, first: int) -> dict[str, Any]:
 
 
 def _finish(plan: Plan, options: Options, out: Path, shards: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    noted = [tuple(row) for row in json.loads((out / BUILDING / "refused.json").read_text())]
+    noted = _noted(out, shards)
     texts, splits, subjects, labels = _Texts(options.cleaning), Counter(), set(), set()
 
     def joined() -> Iterator[pa.Table]:
         first = 0
         for shard in range(shards):
             part = pq.read_table(_part(out, shard))
-            noted.extend(tuple(row) for row in json.loads(part.schema.metadata[b"noted"]))
             splits.update(part["split"].to_pylist())
             subjects.update(part["subject"].to_pylist())
             labels.update(pc.unique(part["labels"].combine_chunks().flatten()).to_pylist())
@@ -252,7 +264,7 @@ def _finish(plan: Plan, options: Options, out: Path, shards: int, entries: list[
     table = pa.table({"text": list(texts.numbers), "count": pa.array(texts.counts, pa.int64())})
     table = table.add_column(0, "report", pa.array(np.arange(len(table)), pa.int32()))
     _write_parquet([table], out / "reports.parquet", table.schema)
-    write_csv(out / "rejected.csv", [("name", "reason", "action", "detail"), *sorted(noted)])
+    write_csv(out / "rejected.csv", [REJECTED, *noted])
     for shard in set(range(shards)) - {int(entry["name"][:5]) for entry in entries}:
         (out / "shards" / f"{shard:05d}.tar").unlink(missing_ok=True)  # not one record of it was good
     info = {
@@ -266,6 +278,32 @@ def _finish(plan: Plan, options: Options, out: Path, shards: int, entries: list[
     write_whole(out / "corpus.json", json.dumps(info, indent=1))
     shutil.rmtree(out / BUILDING)
     return info
+
+
+def _noted(out: Path, shards: int) -> list[tuple[str, ...]]:
+    """The rows of rejected.csv, sorted."""
+    noted = json.loads((out / BUILDING / "refused.json").read_text())
+    for shard in range(shards):
+        noted += json.loads(pq.read_schema(_part(out, shard)).metadata[b"noted"])
+    return sorted(map(tuple, noted))
+
+
+def _none_kept(options: Options, out: Path, shards: int) -> str:
+    """What to say where no record is left. Of the folder only rejected.csv is, so that it can be used again."""
+    noted = _noted(out, shards)
+    write_csv(out / "rejected.csv", [REJECTED, *noted])
+    shutil.rmtree(out / "shards")
+    shutil.rmtree(out / BUILDING)
+    where = f"{options.source} in {options.root}" if options.root else options.source
+    if not noted:
+        return f"{where}: its tables list no record; give the folder of the whole data set as ROOT"
+    reason, count = Counter(row[1] for row in noted).most_common(1)[0]
+    name, _, _, detail = next(row for row in noted if row[1] == reason)
+    first = f"the first {len(noted):,} records (--limit)" if options.limit else f"{len(noted):,} records"
+    return (
+        f"{where}: {first} found and all rejected, {count:,} of them for: {reason} (such as {name}: {detail}); "
+        f"see {out / 'rejected.csv'}, put the records right or give another ROOT, and repeat the command"
+    )
 
 
 class _Texts:

@@ -1,5 +1,6 @@
 """Raw records of the float data sets as integers, and what every reader returns before leads are put in order."""
 
+import io
 import math
 import struct
 import zlib
@@ -73,9 +74,8 @@ def from_float(signal: np.ndarray, rate_hz: float, names: tuple[str, ...] = STAN
     )  # fmt: skip
 
 
-def read_cpsc_mat(path: Path) -> Raw:
+def from_cpsc(content: dict) -> Raw:
     """CPSC 2018: a MATLAB struct ``ECG`` with ``data`` [12, L] in mV at 500 Hz."""
-    content = load_mat(path)
     try:
         data = content["ECG"]["data"][0, 0]
     except (KeyError, IndexError, ValueError):
@@ -83,9 +83,8 @@ def read_cpsc_mat(path: Path) -> Raw:
     return from_float(data, 500.0)
 
 
-def read_code15_mat(path: Path) -> Raw:
+def from_code15(content: dict) -> Raw:
     """CODE-15 exams re-saved as .mat: ``feats`` [12, L] in mV with ``curr_sample_rate``."""
-    content = load_mat(path)
     if "feats" not in content or "curr_sample_rate" not in content:
         raise ValueError(f"no feats, curr_sample_rate: it holds {', '.join(k for k in content if k[0] != '_')}")
     return from_float(content["feats"], float(content["curr_sample_rate"].item()))
@@ -178,26 +177,33 @@ def load_mat(path: Path) -> dict:
     import scipy.io
 
     _must_exist(path)
-    _check_unpacked(path)
+    source = _unpacked_file(path)
     try:
-        return scipy.io.loadmat(path)
+        return scipy.io.loadmat(source)
     except Exception as error:  # scipy raises whatever a damaged file provokes
         raise ValueError(f"not a MATLAB file: {type(error).__name__} {error}") from None
 
 
-def _check_unpacked(path: Path) -> None:
-    """Refuse a MATLAB 5 file that scipy would not survive: one that unpacks to more than ``MAX_BYTES``, or whose cells
-    lie in one another by the thousand, which it reads by recursion. Nothing more than that is unpacked."""
+def _unpacked_file(path: Path) -> Path | BinaryIO:
+    """A MATLAB 5 file as scipy gets it, unpacked; any other file as it is.
+
+    Refused is what scipy would not survive: a file that unpacks to more than ``MAX_BYTES``, or whose cells lie in one
+    another by the thousand, which it reads by recursion. Nothing more than that is unpacked, and nothing twice.
+    """
     with path.open("rb") as file:
-        order = {b"IM": "<", b"MI": ">"}.get(file.read(128)[126:128])
+        header = file.read(128)
+        order = {b"IM": "<", b"MI": ">"}.get(header[126:128])
         if not order:
-            return
+            return path
+        whole = io.BytesIO()
+        whole.write(header)
         total = elements = skip = 0
         pending = bytearray()
         for piece in _unpacked(file, order):
             total += len(piece)
             if total > MAX_BYTES:
                 raise ValueError(f"too large: {path.name} unpacks to more than {MAX_BYTES:,} bytes")
+            whole.write(piece)
             pending += piece[skip:]
             skip, at = max(0, skip - len(piece)), 0
             while at + 8 <= len(pending):
@@ -208,21 +214,34 @@ def _check_unpacked(path: Path) -> None:
                 raise ValueError(f"too large: {path.name} has more than {MAX_ELEMENTS:,} elements")
             skip += max(0, at - len(pending))
             del pending[:at]
+    whole.seek(0)
+    return whole
 
 
 def _unpacked(file: BinaryIO, order: str) -> Iterator[bytes]:
-    """The elements that follow a MATLAB 5 header as one stream, in pieces, with those unpacked that are compressed."""
+    """The elements that follow a MATLAB 5 header as one stream, in pieces, with those unpacked that are compressed.
+
+    One that is compressed has to be exactly one matrix: scipy would take what follows it for further elements, packed
+    ones among them, which nobody has measured.
+    """
     while len(tag := file.read(8)) == 8:
         kind, left = struct.unpack(f"{order}II", tag)
         unpacker = zlib.decompressobj() if kind == COMPRESSED else None
         if not unpacker:
             yield tag
+        size, inner = 0, b""
         while left > 0 and (piece := file.read(min(left, 1 << 16))):
             left -= len(piece)
             try:
-                yield unpacker.decompress(piece) if unpacker else piece
+                piece = unpacker.decompress(piece) if unpacker else piece
             except zlib.error as error:
                 raise ValueError(f"not a MATLAB file: {error}") from None
+            size, inner = size + len(piece), (inner + piece[:8])[:8]
+            yield piece
+        if not unpacker:
+            continue
+        if not unpacker.eof or len(inner) < 8 or struct.unpack(f"{order}II", inner) != (MATRIX, size - 8):
+            raise ValueError("not a MATLAB file: a compressed element is cut, or is no matrix")
 
 
 def _must_exist(path: Path) -> None:

@@ -1,5 +1,6 @@
 """One record in canonical form: twelve leads in a fixed order, native integers, and how they become millivolts."""
 
+import os
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from dbeta.data.formats import STANDARD, Raw, count_exams, load_mat, read_code15_mat, read_cpsc_mat, read_sph, trim
+from dbeta.data.formats import STANDARD, Raw, count_exams, from_code15, from_cpsc, load_mat, read_sph, trim
 from dbeta.data.wfdb_files import read_wfdb
 
 LEADS = STANDARD
@@ -182,17 +183,23 @@ def read_record(path: str | Path) -> Record:
     Raises:
         ValueError: what is wrong with it, and its path.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(f"{path!r} is no path of a record; accepted: {ACCEPTED}")
     path = Path(path)
     try:
         return canonical(read_raw(path)[1], name=path.stem, subject=path.stem)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def read_raw(path: Path) -> tuple[str, Raw]:
     """(format, record as stored) of any supported record; errors as ``canonical``."""
     file, mark, row = str(path).rpartition("#")
-    if mark and row.isdigit() and file.endswith(HDF5):
+    exam = mark and row.isdigit() and file.endswith(HDF5)
+    _must_be_there(Path(file) if exam else path)
+    if exam:
         from dbeta.data.sources_code import read_exam
 
         return "CODE .hdf5", read_exam(Path(file), int(row))
@@ -208,12 +215,20 @@ def read_raw(path: Path) -> tuple[str, Raw]:
     if path.suffix == ".mat":
         content = load_mat(path)
         if "ECG" in content:
-            return "CPSC .mat", read_cpsc_mat(path)
+            return "CPSC .mat", from_cpsc(content)
         if "feats" in content:
-            return "CODE-15 .mat", trim(read_code15_mat(path))
+            return "CODE-15 .mat", trim(from_code15(content))
         held = ", ".join(name for name in content if name[0] != "_")
         raise ValueError(f"unknown format: it holds {held}, and no .hea is beside it; accepted: {ACCEPTED}")
     raise ValueError(f"unknown format: {path.suffix or 'no ending'} without a .hea; accepted: {ACCEPTED}")
+
+
+def _must_be_there(path: Path) -> None:
+    header = Path(f"{path.with_suffix('') if path.suffix in ('.hea', '.dat') else path}.hea")
+    if path.is_file() or header.exists():
+        return
+    found = "a folder; give one record in it" if path.is_dir() else "no such file, nor a header of that name"
+    raise ValueError(f"no record: {found}; accepted: {ACCEPTED}")
 
 
 def read_ecg(path: str | Path) -> np.ndarray:

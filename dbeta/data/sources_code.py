@@ -14,8 +14,9 @@ from dbeta.data.formats import (
     Raw,
     bounded,
     count_exams,
+    from_code15,
     from_float,
-    read_code15_mat,
+    load_mat,
     read_sph,
     read_tracings,
     trim,
@@ -169,7 +170,7 @@ def sph(root: Path) -> Plan:
 
 
 def _read_files(rows: list[Row], *, root: Path, kind: str) -> Iterator[Record | Rejection]:
-    read = read_sph if kind == "sph" else lambda path: trim(read_code15_mat(path))
+    read = read_sph if kind == "sph" else lambda path: trim(from_code15(load_mat(path)))
     for row in rows:
         yield checked(row, read, root)
 

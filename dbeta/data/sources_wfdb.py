@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from dbeta.data.corpus_writer import Plan, Row
-from dbeta.data.formats import ROUNDING_UV, Raw, read_cpsc_mat
+from dbeta.data.formats import ROUNDING_UV, Raw, from_cpsc, load_mat
 from dbeta.data.records import Record, Rejection
 from dbeta.data.sources import checked, read_csv, task_table
 from dbeta.data.wfdb_files import read_header, read_wfdb
@@ -41,7 +41,7 @@ def cpsc2018(root: Path) -> Plan:
 
 def _read_cpsc(rows: list[Row], *, root: Path) -> Iterator[Record | Rejection]:
     for row in rows:
-        yield checked(row, read_cpsc_mat, root)
+        yield checked(row, lambda path: from_cpsc(load_mat(path)), root)
 
 
 def csn(root: Path) -> Plan:

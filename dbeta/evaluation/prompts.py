@@ -55,9 +55,11 @@ def read_prompts(path: Path) -> dict[str, tuple[str, ...]]:
     """Lower-case texts per name of a user's JSON file {name: text or list of texts}.
 
     Raises:
-        ValueError: it cannot be read as that.
+        ValueError: it cannot be read as that, or names a text as the table of scores names its records.
     """
     found = {str(name): _texts(text) for name, text in _read(path).items()}
+    if "record" in found:
+        raise ValueError(f"--prompts {path}: record is the column of the records' names; give that text another name")
     without = [name for name, texts in found.items() if not texts]
     if without or not found:
         raise ValueError(f"--prompts {path}: no text for {', '.join(without) or 'anything'}; write {{name: text}}")

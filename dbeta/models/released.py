@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dbeta.config import ModelConfig
-from dbeta.files import foreign
+from dbeta.files import foreign, pickled
 from dbeta.models.card import IMPORTED
 from dbeta.models.dbeta import DBeta
 from dbeta.shards import check_shapes
@@ -89,6 +89,7 @@ _PACKED = {
         "multi_modal_language_layers.{i}.crossattention.self.{query,key,value}"
     ),
 }
+GIVE = "give the released .pt or .safetensors"
 UNUSED = "ecg_encoder.mask_emb"
 # Weight normalisation under torch's newer name -> the name of the release.
 _NEW_NORM = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
@@ -274,12 +275,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
     except Exception:  # pickle.UnpicklingError, whose advice is to read it without weights_only
+        with path.open("rb") as file:
+            start = file.read(1024)
+        if not pickled(start):
+            raise ValueError(f"checkpoint {path} is none: its first bytes are {start[:8]!r}; {GIVE}") from None
         raise ValueError(
             f"checkpoint {path} holds more than tensors and is not read, since that could run code; "
             "save its state dict alone, best as .safetensors"
         ) from None
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise ValueError(f"checkpoint {path} is not a dictionary of tensors; give the released .pt or .safetensors")
+        raise ValueError(f"checkpoint {path} is not a dictionary of tensors; {GIVE}")
     if larger := [n for n, t in stored.items() if t.numel() * t.itemsize > t.untyped_storage().nbytes()]:
         raise ValueError(f"checkpoint {path}: {larger[0]} claims more values than are stored")
     for new, old in _NEW_NORM.items():

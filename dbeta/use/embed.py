@@ -18,7 +18,7 @@ import numpy as np
 from dbeta.data.records import LEADS, read_record
 from dbeta.data.resample import resample
 from dbeta.data.tables import load_arrays, save_arrays
-from dbeta.files import put_in_place, write_csv
+from dbeta.files import must_be_writable, put_in_place, write_csv
 from dbeta.runtime import announce, progress
 
 if TYPE_CHECKING:
@@ -105,14 +105,11 @@ def embed(
     seconds, leads and feature, for ``numpy.load``.
 
     Raises:
-        ValueError: another ending, or a file that is already there.
+        ValueError: another ending, a file that is already there, or no place to write to.
     """
     from dbeta.evaluation.features import model_checksum
 
-    if out.suffix not in KINDS:
-        raise ValueError(f"--out {out}; accepted endings: {', '.join(KINDS)}")
-    if out.exists():
-        raise ValueError(f"{out} is already there; remove it or choose another --out")
+    check_out(out)
     groups = [names[i : i + PART] for i in range(0, len(names), PART)]
     parts = Parts(out.with_name(out.name + ".parts"), f"{model_checksum(model)} {lengths}", groups)
     if before := sum(len(groups[place]) for place in range(len(groups)) if parts.has(place)):
@@ -130,6 +127,13 @@ def embed(
         write_table(out.with_name(out.name + ".failures.csv"), ("record", "reason"), failures)
     shutil.rmtree(parts.folder)
     return failures
+
+
+def check_out(out: Path) -> None:
+    """Whether ``embed`` can write ``out``; it raises what ``embed`` would."""
+    must_be_writable(out, KINDS)
+    if out.exists():
+        raise ValueError(f"{out} is already there; remove it or choose another --out")
 
 
 class Parts:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dbeta.files import must_be_writable
 from dbeta.models.dbeta import DBeta
 from dbeta.models.ecg_encoder import ConvStem, EcgEncoder, PositionalConv
 from dbeta.models.layers import Attention
@@ -39,12 +40,11 @@ def export(model: DBeta, out: Path) -> float:
     """Write the ECG encoder, with any number of records in a batch; returns the largest difference from eager.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another ending, or no place to write to.
         ImportError: ``.onnx`` without the packages onnxscript and onnxruntime.
         ArithmeticError: the written file gives other features; it is removed.
     """
-    if out.suffix not in KINDS:
-        raise ValueError(f"--out {out}; accepted endings: {', '.join(KINDS)}")
+    must_be_writable(out, KINDS)
     model = model.cpu().float()
     plain = EcgFeatures(model)
     out.parent.mkdir(parents=True, exist_ok=True)

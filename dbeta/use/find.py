@@ -33,6 +33,8 @@ def find_records(paths: Iterable[str | Path], column: str = "") -> list[str]:
 
 def _expand(path: str, column: str) -> Iterator[str]:
     file = Path(path)
+    if not path:  # it would be the folder we are in
+        raise ValueError("a path is empty; give records, folders, globs or tables of paths")
     if file.is_dir():
         if (file / "corpus.json").is_file():
             raise ValueError(f"{path} is a corpus; give raw records, or use dbeta evaluate")

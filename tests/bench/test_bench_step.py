@@ -1,10 +1,15 @@
 """The benchmark of the step runs for every provider, and counts what is computed."""
 
+import contextlib
+
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
+from dbeta import losses
 from dbeta_bench import step
+from dbeta_bench.cli import main
 
 TINY = {"preset": "smoke", "batch": 4, "alternations": 1, "overrides": ("model.samples=640", "model.text_vocab=600")}
 
@@ -22,6 +27,60 @@ def test_rows_and_flops():
         assert row["ratio"] == pytest.approx(row["step_s"] / reference["step_s"])
         assert row["steps_per_s"] * 4 == pytest.approx(row["records_per_s"]) and 0 < row["mfu"] < 1
         assert min(row[f"{phase}_s"] for phase in ("data", "forward", "backward", "optimizer")) > 0
+
+
+EXACT = losses.mem_loss
+WRONG = {"total": lambda loss: 1.001 * loss, "gradient": lambda loss: loss + 0.001 * (loss - loss.detach())}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_provider_gets_no_time(monkeypatch, what):
+    """One operator is wrong where ``fused`` calls it, and nowhere else."""
+
+    def broken(*given, backend, **options):
+        loss = EXACT(*given, backend=backend, **options)
+        return WRONG[what](loss) if backend == "auto" else loss
+
+    monkeypatch.setattr(losses, "mem_loss", broken)
+    monkeypatch.setattr(step, "_checked", set())
+    monkeypatch.setattr(step.Bench, "steps", lambda *_: pytest.fail("a wrong provider was timed"))
+    with pytest.raises(ArithmeticError, match=rf"fused: .*{what}.* more than .* in float32; no time is given"):
+        step.run(workloads=("uniform9",), providers=("reference", "fused"), **TINY)
+
+
+def test_rounding_in_bf16_is_not_wrong(monkeypatch):
+    """And what was checked is not checked again."""
+    monkeypatch.setattr(step, "_checked", set())
+    config = step.Config.load("smoke", [*TINY["overrides"], "runtime.precision=bf16"])
+    step.check(("fused",), config, torch.device("cpu"))
+    monkeypatch.setattr(step.Bench, "computed", lambda *_: pytest.fail("checked again"))
+    step.check(("reference", "fused"), config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "right"),
+    [
+        (torch.bfloat16, 1.4, True), (torch.bfloat16, 0, False), (torch.bfloat16, -1, False),
+        (torch.bfloat16, torch.nan, False), (torch.float32, 1 + 5e-5, True), (torch.float32, 1 + 2e-4, False),
+    ],
+)  # fmt: skip
+def test_the_bands(monkeypatch, dtype, factor, right):
+    exact = {"total": torch.ones(()), "unused": torch.zeros(3), "weight": torch.tensor([3.0, 4.0])}
+    values = iter([exact, exact | {"weight": factor * exact["weight"]}])
+    monkeypatch.setattr(step, "_checked", set())
+    monkeypatch.setattr(step.Bench, "computed", lambda _: (dtype, next(values)))
+    config = step.Config.load("smoke", TINY["overrides"])
+    with contextlib.nullcontext() if right else pytest.raises(ArithmeticError, match="the gradient of weight is off"):
+        step.check(("fused",), config, torch.device("cpu"))
+
+
+def test_a_failed_check_is_an_error_of_the_command(monkeypatch):
+    def wrong(*_):
+        raise ArithmeticError("fused: total is off; no time is given")
+
+    monkeypatch.setattr(step, "check", wrong)
+    outcome = CliRunner().invoke(main, ["step", "--device", "cpu", "--provider", "fused"])
+    assert outcome.exit_code == 1 and "Error: step: fused: total is off; no time is given" in outcome.output
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -201,9 +202,40 @@ def test_a_killed_worker_is_named():
         list(pool(os._exit, [(9,), (9,)]))
 
 
-def test_an_empty_corpus_is_refused(corpus_of):
-    with pytest.raises(ValueError, match="empty: every record was rejected"):
-        corpus_of([Rejection(name="a", reason="flat")])
+def rejecting(rows: list[dict]):
+    for row in rows:
+        reason = "flat" if row["number"] % 3 else "wrong rate"
+        yield Rejection(name=f"r{row['number']:02d}", reason=reason, detail=f"number {row['number']}")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_corpus_without_a_record_is_an_error(small_shards, tmp_path, workers, monkeypatch):
+    """Also of a run that was killed; rejected.csv stays, and the same folder takes the repaired records."""
+    out, table = tmp_path / "c", plan(30).table
+    said = (
+        "test: 30 records found and all rejected, 20 of them for: flat (such as r01: number 1); "
+        f"see {out}/rejected.csv, put the records right or give another ROOT, and repeat the command"
+    )
+    with monkeypatch.context() as killed, pytest.raises(Killed):
+        killed.setattr(corpus_writer, "_none_kept", lambda *_: (_ for _ in ()).throw(Killed()))
+        write_corpus(Plan(table=table, read=rejecting), OPTIONS, out, workers=workers)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            write_corpus(Plan(table=table, read=rejecting), OPTIONS, out, workers=workers)
+        assert [path.name for path in out.iterdir()] == ["rejected.csv"]
+        lines = (out / "rejected.csv").read_text().splitlines()
+        assert len(lines) == 31 and lines[1] == "r00,wrong rate,rejected,number 0"
+    write_corpus(plan(30), Options(source="test", seed=5), out, workers=workers)
+    assert len(Corpus.open(out)) == 26
+
+
+def test_a_users_rejected_csv_is_not_taken(tmp_path):
+    for content in ("name,reason,action,details\n", "years of work"):
+        (tmp_path / "rejected.csv").write_text(content)
+        with pytest.raises(ValueError, match="is not empty and not an unfinished corpus"):
+            write_corpus(plan(5), OPTIONS, tmp_path, workers=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["rejected.csv"]
+        assert (tmp_path / "rejected.csv").read_text() == content
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Raw records of every form, with the traps that real data sets hold, against wfdb and scipy."""
 
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import scipy.io
 import wfdb
 
-from dbeta.data.formats import from_float, narrowed, read_sph
+from dbeta.data.formats import from_float, load_mat, narrowed, read_sph
 from dbeta.data.records import LEADS, canonical, einthoven_residual, limb_problem, read_ecg, read_record
 from dbeta.data.wfdb_files import read_header, read_wfdb
 
@@ -231,3 +232,90 @@ def test_cells_in_cells_do_not_end_the_process(tmp_path, packed):
     (tmp_path / "A1.mat").write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 0x100, b"IM") + body)
     with pytest.raises(ValueError, match=r"too large: A1.mat has more than 4,000 elements"):
         read_record(tmp_path / "A1.mat")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("", "'' is no path of a record"), (None, "None is no path of a record"), (b"r1.hea", "b'r1.hea' is no path"),
+        (Path(""), ".: no record: a folder"), ("/", "/: no record: a folder"), ("{}", "no record: a folder"),
+        ("{}/folder.mat", "no record: a folder"), ("{}/folder.h5#0", "folder.h5#0: no record: a folder"),
+        ("{}/none", "none: no record: no such file"), ("{}/none.hea", "none.hea: no record: no such file"),
+        ("{}/none.mat", "none.mat: no record: no such file"), ("{}/none.hdf5#3", "none.hdf5#3: no record: no such"),
+        ("{}/notes.txt", "unknown format: .txt without a .hea"),
+    ],
+)  # fmt: skip
+def test_paths_of_no_record(tmp_path, path, said):
+    for name in ("folder.mat", "folder.h5"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").write_text("no record")
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        read_ecg(path.format(tmp_path) if isinstance(path, str) else path)
+    assert "accepted: WFDB" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_path_that_cannot_be_looked_at():
+    with pytest.raises(ValueError, match=r"xxx: cannot be read: File name too long"):
+        read_ecg("x" * 300)
+
+
+def test_a_lost_signal_is_not_a_lost_record(tmp_path):
+    written(tmp_path, np.arange(200).reshape(100, 2), "16")
+    (tmp_path / "r1.dat").unlink()
+    for name in ("r1", "r1.hea", "r1.dat"):
+        with pytest.raises(ValueError, match=f"{name}: missing signal file: r1.dat"):
+            read_ecg(tmp_path / name)
+
+
+def packed_mat(path: Path, *elements: bytes) -> Path:
+    """A MATLAB 5 file of compressed elements."""
+    body = b"".join(struct.pack("<II", 15, len(e)) + e for e in map(zlib.compress, elements))
+    path.write_bytes(b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 0x100, b"IM") + body)
+    return path
+
+
+def matrix(path: Path, **arrays: np.ndarray) -> bytes:
+    """One MATLAB 5 element per array, as scipy writes it."""
+    scipy.io.savemat(path, arrays)
+    return path.read_bytes()[128:]
+
+
+def test_a_mat_file_is_unpacked_once(data, tmp_path, monkeypatch):
+    """scipy gets what was checked, without compression, and finds in it what it finds in the file."""
+    given, exact = [], scipy.io.loadmat
+    monkeypatch.setattr(scipy.io, "loadmat", lambda source: given.append(source) or exact(source))
+    big = tmp_path / "big.mat"
+    elements = [matrix(tmp_path / "m.mat", **{name: np.random.default_rng(0).normal(size=(12, n))}) for name, n in
+                (("a", 5000), ("b", 1))]  # fmt: skip
+    paths = [*sorted(data.rglob("*.mat"))[::7], *(data / "cpsc2018-native").glob("*.mat"), packed_mat(big, *elements)]
+    for path in paths:
+        given.clear()
+        found, expected = load_mat(path), exact(path)
+        kept, same = ({name: a for name, a in arrays.items() if name[0] != "_"} for arrays in (found, expected))
+        assert matrix(tmp_path / "m.mat", **kept) == matrix(tmp_path / "m.mat", **same)
+        (source,) = given
+        if path.read_bytes()[126:128] == b"IM":
+            at, content = 128, source.getvalue()
+            while at < len(content):
+                kind, size = struct.unpack_from("<II", content, at)
+                assert kind == 14
+                at += 8 + size
+    assert len(source.getvalue()) == 128 + sum(map(len, elements)), "the packed one was read last"
+    given.clear()
+    read_ecg(data / "cpsc2018-native" / "A1980.mat")
+    assert len(given) == 1
+
+
+def test_what_was_not_measured_is_not_read(tmp_path):
+    """An element packed twice, or behind another in one packing, would be unpacked by scipy alone."""
+    good = matrix(tmp_path / "m.mat", ECG=np.zeros((1, 1)))
+    twice = struct.pack("<II", 15, len(zlib.compress(good))) + zlib.compress(good)
+    short = struct.pack("<II", 14, 8) + good[8:]
+    for element in (twice, good + twice, short, good[:7], b""):
+        with pytest.raises(ValueError, match="a compressed element is cut, or is no matrix"):
+            load_mat(packed_mat(tmp_path / "A1.mat", element))
+    whole = packed_mat(tmp_path / "A1.mat", good).read_bytes()
+    assert load_mat(tmp_path / "A1.mat")["ECG"].shape == (1, 1)
+    (tmp_path / "A1.mat").write_bytes(whole[:-4])  # of the checksum
+    with pytest.raises(ValueError, match="a compressed element is cut"):
+        load_mat(tmp_path / "A1.mat")

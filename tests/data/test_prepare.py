@@ -217,6 +217,36 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
     assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
 
 
+def nothing_kept(*arguments, out: Path) -> str:
+    result = CliRunner().invoke(main, ["prepare", *map(str, arguments), "--out", str(out)])
+    assert result.exit_code == 2 and result.output.startswith("Error: ") and result.output.count("\n") == 1
+    return result.output
+
+
+def test_a_data_set_of_which_nothing_is_kept(tmp_path):
+    """Signals that were not downloaded; fewer of them with --limit; refused by the tables; and no row at all."""
+    tree = Mimic(tmp_path / "mimic")
+    for number in range(4):
+        stem = tree.add(number, np.zeros((12, 5000), np.int16))
+        if number < 3:
+            stem.with_suffix(".dat").unlink()
+    tree.write()
+    out = tmp_path / "c"
+    said = nothing_kept("mimic-iv-ecg", tree.root, out=out)
+    assert f"mimic-iv-ecg in {tree.root}: 4 records found and all rejected, 3 of them for: missing signal file" in said
+    assert "40000000.dat" in said and f"see {out}/rejected.csv" in said
+    with (out / "rejected.csv").open() as file:
+        assert Counter(row["reason"] for row in csv.DictReader(file)) == {"missing signal file": 3, "flat": 1}
+    assert "the first 2 records (--limit) found" in nothing_kept("mimic-iv-ecg", tree.root, "--limit", 2, out=out)
+    tree.measurements = [[*row[:4], *[""] * 18] for row in tree.measurements]
+    tree.write()
+    assert "4 of them for: empty report" in nothing_kept("mimic-iv-ecg", tree.root, out=out)
+    tree.list.clear()
+    tree.write()
+    assert "its tables list no record" in nothing_kept("mimic-iv-ecg", tree.root, out=out)
+    assert (out / "rejected.csv").read_text().splitlines() == ["name,reason,action,detail"]  # not of the run before
+
+
 def test_an_existing_folder_is_never_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

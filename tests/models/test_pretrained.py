@@ -113,7 +113,7 @@ def test_nothing_there(tmp_path, saved, monkeypatch):
         DBeta.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="neither a folder nor on the hub"):
         DBeta.from_pretrained(tmp_path / "absent")
-    (saved / "model.safetensors").write_bytes(b"torn")
+    (saved / "model.safetensors").write_bytes(b"torn\0")
     with pytest.raises(ValueError, match="cannot be read"):
         DBeta.from_pretrained(saved)
 

@@ -109,3 +109,8 @@ def test_text_statistics_show_no_text():
     told = text_statistics(["a b c", "secret", ""], np.array([3, 1, 5]))
     assert told["records with text"] == 4 and told["different texts"] == 2 and told["words, 50 %"] == 3
     assert "secret" not in str(told) and text_statistics([]) == {"records with text": 0}
+
+
+def test_json_is_checked_before_the_records_are_read(tmp_path):
+    outcome = run(tmp_path, "--json", tmp_path)
+    assert outcome.exit_code == 2 and f"--json {tmp_path} is a folder" in outcome.output

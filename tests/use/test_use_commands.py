@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 
 import numpy as np
@@ -131,6 +132,8 @@ def test_finding(mixed, tmp_path):
     assert find_records([mixed / "lonely"]) == [str(mixed / "lonely")]
     with pytest.raises(ValueError, match="nowhere is not there"):
         find_records([mixed / "deep", mixed / "nowhere"])
+    with pytest.raises(ValueError, match="a path is empty"):
+        find_records([mixed / "deep", ""])
     with pytest.raises(ValueError, match="no record in"):
         find_records([f"{tmp_path}/*.hea"])
 
@@ -154,6 +157,35 @@ def test_ask(mixed, folder, model, tmp_path):
     for wrong in ('["a"]', '{"AF": ""}', '{"AF": 3}', "{"):
         prompts.write_text(wrong)
         assert "--prompts" in run("ask", folder, mixed / "deep", "--prompts", prompts, code=2)
+
+
+@pytest.mark.parametrize("command", ["embed", "ask", "export"])
+def test_out_is_checked_before_the_model_is_read(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(DBeta, "from_pretrained", lambda *_, **__: pytest.fail("the model was read"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.json").write_text('{"AF": "atrial fibrillation"}')
+    (tmp_path / "r1.hea").write_text("")
+    kind = {"embed": "parquet", "ask": "csv", "export": "pt2"}[command]
+    (tmp_path / f"folder.{kind}").mkdir()
+    given = {"embed": ["r1.hea"], "ask": ["r1.hea", "--prompts", "prompts.json"], "export": []}[command]
+    for out, said in (
+        (f"folder.{kind}", f"--out folder.{kind} is a folder; give the name of a file in it"),
+        (f"r1.hea/deep/out.{kind}", f"cannot be written: {tmp_path}/r1.hea is no folder"),
+    ):
+        outcome = run(command, "MODEL", *given, "--out", out, code=2)
+        assert said in outcome and outcome.count("\n") == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda path, mode: mode != os.W_OK)
+        outcome = run(command, "MODEL", *given, "--out", f"new/out.{kind}", code=2)
+        assert f"{tmp_path} cannot be written to; choose another place" in outcome
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"folder.{kind}", "prompts.json", "r1.hea"]
+
+
+def test_a_description_named_as_the_column_of_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(DBeta, "from_pretrained", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "p.json").write_text('{"AF": "atrial fibrillation", "record": "a record"}')
+    outcome = run("ask", "MODEL", tmp_path, "--prompts", tmp_path / "p.json", "--out", tmp_path / "s.csv", code=2)
+    assert "p.json: record is the column of the records' names" in outcome and outcome.count("\n") == 1
 
 
 def test_export_equals_eager(model, tmp_path, monkeypatch):
@@ -246,7 +278,13 @@ HTML = b"<!DOCTYPE html><html><body>Log in to Hugging Face</body></html>"
         ("page.safetensors", b"\n " + HTML, "is a web page, not a checkpoint"),
         ("pointer.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         ("empty.pt", b"", "is an empty file"),
+        ("notes.txt", b"hello world\n", "is a text file, not a checkpoint; give"),
+        ("umlauts.pt", "# Läufe\n".encode() * 200, "is a text file, not a checkpoint; give"),
+        ("config.safetensors", b'{"model": {"width": 768}}', "is a text file, not a checkpoint; give"),
+        ("packed.pt", b"\x1f\x8b\x08\x00\xff", "is a gzip archive, not a checkpoint; give"),
+        ("image.pt", b"\x89PNG\r\n\x1a\n\x00", r"its first bytes are b'\x89PNG\r\n\x1a\n'; give the released"),
         ("code.pt", pickle.dumps({"model": Payload()}), "holds more than tensors and is not read"),
+        ("old.pt", pickle.dumps({"model": Payload()}, protocol=0), "holds more than tensors and is not read"),
         ("absent.pt", None, "cannot be read"),
     ],
 )
