@@ -58,19 +58,26 @@ def test_rounding_in_bf16_is_not_wrong(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "factor", "right"),
+    ("dtype", "name", "factor", "wrong"),
     [
-        (torch.bfloat16, 1.4, True), (torch.bfloat16, 0, False), (torch.bfloat16, -1, False),
-        (torch.bfloat16, torch.nan, False), (torch.float32, 1 + 5e-5, True), (torch.float32, 1 + 2e-4, False),
+        (torch.bfloat16, "small", 1.7, ""), (torch.bfloat16, "small", 0, "gradient of small"),
+        (torch.bfloat16, "small", -1, "gradient of small"), (torch.bfloat16, "small", torch.nan, "whole gradient"),
+        (torch.bfloat16, "large", 1.05, ""), (torch.bfloat16, "large", 1.2, "whole gradient"),
+        (torch.bfloat16, "total", 1.02, ""), (torch.bfloat16, "total", 0.9, "total"),
+        (torch.float32, "small", 1 + 5e-5, ""), (torch.float32, "small", 1 + 2e-4, "gradient of small"),
+        (torch.float32, "large", 1 + 5e-5, "whole gradient"), (torch.float32, "total", 1 + 2e-5, "total"),
     ],
 )  # fmt: skip
-def test_the_bands(monkeypatch, dtype, factor, right):
-    exact = {"total": torch.ones(()), "unused": torch.zeros(3), "weight": torch.tensor([3.0, 4.0])}
-    values = iter([exact, exact | {"weight": factor * exact["weight"]}])
+def test_the_bands(monkeypatch, dtype, name, factor, wrong):
+    """In both dtypes, for what weighs much and what weighs little; a gradient that is zero in both is right."""
+    exact = dict.fromkeys(step.LOSSES, torch.ones(())) | {"unused": torch.zeros(3)}
+    exact |= {"large": torch.tensor([3000.0, 4000.0]), "small": torch.tensor([3.0, 4.0])}
+    values = iter([exact, exact | {name: factor * exact[name]}])
     monkeypatch.setattr(step, "_checked", set())
     monkeypatch.setattr(step.Bench, "computed", lambda _: (dtype, next(values)))
     config = step.Config.load("smoke", TINY["overrides"])
-    with contextlib.nullcontext() if right else pytest.raises(ArithmeticError, match="the gradient of weight is off"):
+    expected = pytest.raises(ArithmeticError, match=f"fused: {wrong} is off by") if wrong else contextlib.nullcontext()
+    with expected:
         step.check(("fused",), config, torch.device("cpu"))
 
 
