@@ -23,6 +23,7 @@ from dbeta.distributed import ALONE, Ranks
 from dbeta.files import file_digest, put_in_place, sync_file
 from dbeta.runtime import warn
 
+MAX_JSON = 1 << 22  # bytes: a state has thousands, a manifest a hundred a rank; parsed, they take many times as much
 STATE = {  # what a run goes on from
     "step": int, "loader": {"epoch": int, "position": int}, "best": {"score": float, "step": int},
     "counters": {"sums": dict, "counted": int, "skipped": list},
@@ -104,7 +105,7 @@ def write(
 
 def _make(folder: Path, partial: Path) -> None:
     for left in folder.glob(".*.partial"):  # of a run that was killed
-        shutil.rmtree(left)
+        _remove(left)
     partial.mkdir(parents=True)
 
 
@@ -130,13 +131,17 @@ def _complete(partial: Path, final: Path, tensors: Mapping[str, Tensor], state: 
 
 def _discard(path: Path) -> None:
     """Delete a checkpoint, which until then carries its final name only as long as it is whole."""
-    doomed = path.rename(path.with_name(f".{path.name}.discarded.partial"))
-    shutil.rmtree(doomed)
+    _remove(path.rename(path.with_name(f".{path.name}.discarded.partial")))
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder; of a checkpoint that was moved to another disk, the link to it."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def whole(folder: Path) -> list[Path]:
-    """The checkpoints that carry a final name, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """The checkpoints that carry a final name, oldest first; others beside them (copies) are none of ours."""
+    return sorted(path for path in folder.glob("step-" + 8 * "[0-9]") if path.is_dir())
 
 
 def latest(folder: Path) -> Path | None:
@@ -159,7 +164,9 @@ def latest(folder: Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        files = json.loads((path / "manifest.json").read_text())
+        if odd := [file.name for file in path.iterdir() if not file.is_file()]:  # a pipe would be waited for
+            return f"{min(odd)} is no file"
+        files = _json(path / "manifest.json")
         if unlisted := {file.name for file in path.iterdir()} - {*files, "manifest.json"}:
             return f"{min(unlisted)} is not in the manifest"
         for name, expected in files.items():
@@ -171,6 +178,12 @@ def damage(path: Path) -> str | None:
         return None if "state.json" in files else "state.json is not in the manifest"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"manifest unreadable: {error}"
+
+
+def _json(path: Path) -> Any:
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path.name} is longer than {MAX_JSON:,} bytes")
+    return json.loads(path.read_text())
 
 
 def load(
@@ -186,7 +199,7 @@ def load(
         ValueError: see ``shards.load``; nothing is changed then.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = _json(path / "state.json")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
     if not _fits(state, holds):

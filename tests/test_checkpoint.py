@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, cut, forged or of something else are refused by name, and nothing is changed."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -64,6 +65,38 @@ def test_a_file_that_nobody_listed_is_refused(run, tmp_path):  # noqa: F811
     newest = Path(shutil.copytree(checkpoint.latest(run / "checkpoints"), tmp_path / "step-00000014"))
     save_file({"model.extra": torch.ones(1)}, newest / "shard-00009-model-00001-of-00001.safetensors")
     assert checkpoint.damage(newest) == "shard-00009-model-00001-of-00001.safetensors is not in the manifest"
+
+
+def test_pipes_and_endless_files_are_refused(run, tmp_path):  # noqa: F811
+    """Whoever reads a pipe waits for ever, whatever the manifest says; JSON takes twenty times its size, parsed."""
+    newest = Path(shutil.copytree(checkpoint.latest(run / "checkpoints"), tmp_path / "step-00000014"))
+    described = json.loads((newest / "manifest.json").read_text()) | {"pipe": {"bytes": 0, "sha256": "missing"}}
+    (newest / "manifest.json").write_text(json.dumps(described))
+    os.mkfifo(newest / "pipe")
+    assert checkpoint.damage(newest) == "pipe is no file"
+    (newest / "pipe").unlink()
+    for name in ("state.json", "manifest.json"):
+        with (newest / name).open("ab") as file:
+            file.write(b" " * checkpoint.MAX_JSON)
+    assert "manifest.json is longer than 4,194,304 bytes" in checkpoint.damage(newest)
+    with pytest.raises(ValueError, match=r"state.json is longer than 4,194,304 bytes"):
+        checkpoint.load(newest, DBeta.from_pretrained(run))
+    (newest / "manifest.json").unlink()
+    os.mkfifo(newest / "manifest.json")
+    assert checkpoint.damage(newest) == "manifest.json is no file"
+
+
+def test_copies_and_links_beside_checkpoints(tmp_path):
+    """A copy is not taken for a checkpoint, nor given up; of one that lies elsewhere only the link is."""
+    folder, tensors = tmp_path / "checkpoints", {"model.weight": torch.ones(2)}
+    first = checkpoint.write(folder, 1, tensors, {}, keep=1)
+    copy = Path(shutil.copytree(first, folder / "step-00000001.good"))
+    moved = first.rename(tmp_path / "elsewhere")
+    first.symlink_to(moved)
+    assert checkpoint.latest(folder) == first
+    newest = checkpoint.write(folder, 2, tensors, {}, keep=1)
+    assert checkpoint.whole(folder) == [newest] and sorted(folder.iterdir()) == [copy, newest]
+    assert checkpoint.damage(moved) is None
 
 
 # --- shards --------------------------------------------------------------------------------------------------------
