@@ -142,6 +142,7 @@ def train(
     first, best = 0, {"score": float("-inf"), "step": 0}
     if restored:
         state = checkpoint.load(restored, model, stepper.optimizer)
+        refresh(evaluated, model)  # the report needs it even where no step is left
         first, best = state["step"], state["best"]
         stepper.counters.load_state_dict(state["counters"])
         loader.load_state_dict(state["loader"])

@@ -97,6 +97,12 @@ def test_fsdp_checkpoints_are_those_of_any_run(corpus, tmp_path):  # noqa: F811
     for alone, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2")):
         for name, value in alone.items():
             assert two[name] == (value if name == "kind" else pytest.approx(value, rel=2e-3, abs=2e-3)), name
+    report = tmp_path / "2" / "report.html"
+    reconstructed = report.read_text().split("<img")[3]
+    report.unlink()  # the run was killed while it wrote it; no step is left
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "2")
+    ended(start([*arguments, *sharded, *settings("train.steps=6"), "--resume"], ranks=2))
+    assert report.read_text().split("<img")[3] == reconstructed
 
 
 def test_a_hanging_rank_ends_the_others_with_the_reason(corpus, tmp_path):  # noqa: F811
