@@ -26,7 +26,7 @@ from dbeta.runtime import warn
 MAX_JSON = 1 << 22  # bytes: a state has thousands, a manifest a hundred a rank; parsed, they take many times as much
 STATE = {  # what a run goes on from
     "step": int, "loader": {"epoch": int, "position": int}, "best": {"score": float, "step": int},
-    "counters": {"sums": dict, "counted": int, "skipped": list},
+    "counters": {"sums": {str: float}, "counted": int, "skipped": [int, int]},
 }  # fmt: skip
 
 
@@ -209,7 +209,11 @@ def load(
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether ``value`` is of a type or, for a mapping, holds every name with a value that fits, none below 0."""
+    """Whether ``value`` is of a type, no count below 0, or holds what fits: every name (``str``: any), every item."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and len(value) == len(kind) and all(map(_fits, value, kind))
+    if isinstance(kind, Mapping) and str in kind:
+        return isinstance(value, dict) and all(_fits(part, kind[str]) for part in value.values())
     if isinstance(kind, Mapping):
         return isinstance(value, dict) and all(_fits(value.get(name), part) for name, part in kind.items())
     return type(value) is kind and not (kind is int and value < 0)

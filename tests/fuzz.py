@@ -143,6 +143,7 @@ def checkpoints(folder: Path) -> Callable[[random.Random], None]:
     """A checkpoint, its manifest in order or not, and a model folder."""
     from dbeta import checkpoint
     from dbeta.config import Config
+    from dbeta.counters import Counters
     from dbeta.files import file_digest
     from dbeta.models import pretrained
     from dbeta.models.dbeta import DBeta
@@ -157,7 +158,7 @@ def checkpoints(folder: Path) -> Callable[[random.Random], None]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    counters = {"sums": {}, "counted": 0, "skipped": [0, 0]}
+    counters = {"sums": {"total": 1.5}, "counted": 1, "skipped": [0, 0]}
     state = {"loader": {"epoch": 0, "position": 1}, "best": {"score": 0.0, "step": 4}, "counters": counters}
     written = checkpoint.write(folder / "runs", 5, snapshot(model, optimizer), state, 2)
     model.save_pretrained(folder / "model")
@@ -178,7 +179,8 @@ def checkpoints(folder: Path) -> Callable[[random.Random], None]:
             }
             (copy / "manifest.json").write_text(json.dumps(sound))
             assert checkpoint.damage(copy) is None
-        checkpoint.load(copy, *fresh())
+        state = checkpoint.load(copy, *fresh())
+        Counters(Config(), torch.device("cpu")).load_state_dict(state["counters"])
 
     return once
 

@@ -35,6 +35,17 @@ def test_a_checkpoint_cut_at_a_hundred_places_is_refused(run, tmp_path, capfd): 
         checkpoint.latest(folder)
 
 
+def test_a_changed_bit_is_refused(tmp_path, capfd):
+    before, newest = (checkpoint.write(tmp_path, step, {"model.weight": torch.ones(2)}, {}, 2) for step in (1, 2))
+    for file in sorted(newest.iterdir()):
+        content = file.read_bytes()
+        file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        assert checkpoint.latest(tmp_path) == before
+        assert file.name.split(".")[0] in capfd.readouterr().err
+        file.write_bytes(content)
+    assert checkpoint.latest(tmp_path) == newest
+
+
 def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_one(run, tmp_path):  # noqa: F811
     folder = tmp_path / "checkpoints"
     before, newest = (Path(shutil.copytree(p, folder / p.name)) for p in checkpoint.whole(run / "checkpoints"))
@@ -49,6 +60,9 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_one(run, tmp_pat
     [
         {"best": {}}, {"best": {"score": "x", "step": 3}}, {"counters": {}}, {"loader": {"epoch": 0}}, {"step": -7},
         {"loader": {"epoch": -1, "position": 0}},
+        {"counters": {"sums": {"total": "x"}, "counted": 1, "skipped": [0, 0]}},
+        {"counters": {"sums": {}, "counted": 0, "skipped": [0, "x"]}},
+        {"counters": {"sums": {}, "counted": 0, "skipped": [0]}},
     ],
 )  # fmt: skip
 def test_a_state_that_no_run_wrote_is_refused(change, run, tmp_path):  # noqa: F811
