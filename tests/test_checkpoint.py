@@ -55,6 +55,32 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_one(run, tmp_pat
     assert checkpoint.whole(folder) == [written, newest] and checkpoint.latest(folder) == written
 
 
+def test_a_name_is_given_and_taken_at_once(tmp_path, monkeypatch):
+    """All that a checkpoint holds is on the disk before its name is; what has a final name is renamed to be deleted."""
+    synced, fsync, replace, rmtree = set(), os.fsync, os.replace, shutil.rmtree
+
+    def syncing(descriptor):
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    def renaming(partial, path):
+        assert {partial, *partial.iterdir()} <= synced and len(list(partial.iterdir())) == 3
+        synced.clear()
+        replace(partial, path)
+
+    def deleting(path):
+        assert path.name.startswith(".")
+        rmtree(path)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    monkeypatch.setattr(shutil, "rmtree", deleting)
+    (tmp_path / ".step-00000002.partial").mkdir()  # of a run that was killed
+    for step in (1, 2, 2):
+        written = checkpoint.write(tmp_path, step, {"model.weight": torch.ones(2)}, {}, keep=1)
+        assert tmp_path in synced and list(tmp_path.iterdir()) == [written]
+
+
 @pytest.mark.parametrize(
     "change",
     [
