@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="processes of the run; several share its state (FSDP2)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs: more would wait for each other wherever something runs beside
     in_own_namespace()
     folder = Path(tempfile.mkdtemp(prefix="dbeta-soak-"))
     soak = Soak(folder, options.seed, options.ranks)
