@@ -1,26 +1,30 @@
 """Tensors of a checkpoint, by torch.distributed.checkpoint: each rank writes its part, any number of ranks reads.
 
-    shard-00001-model-00001-of-00001.safetensors   of the first rank: model.NAME and optimizer.NAME:MOMENT
-    shard-00002-model-00001-of-00001.safetensors   of the second
+    shard-00001.safetensors   of the first rank: model.NAME and optimizer.NAME:MOMENT
+    shard-00002.safetensors   of the second
 
 Safetensors whose headers say where in its tensor each shard lies, and not the engine's own files: those hold pickles.
 What every rank has (all of it under DDP) the first one writes.
 """
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from dbeta.distributed import Ranks
+from dbeta.files import sync_file
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on purpose: one process, or no need to agree
@@ -52,9 +56,24 @@ def save(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> None:
     Raises:
         OSError: a rank could not write its part; all of them raise.
     """
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    options = {"storage_writer": _Writer(str(folder), save_distributed=True), "process_group": ranks.group}
     with _plain_errors():
-        dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.world == 1)
+        dcp.save(dict(tensors), **options, no_dist=ranks.world == 1)
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """The engine's format, but without its copy of all tensors in memory, and the same bytes for the same tensors."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list]:
+        tensors = {item.index.fqn: planner.resolve_data(item) for item in plan.items}
+        places = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
+        if tensors:
+            path = Path(self.path, f"shard-{plan.storage_data['shard_index']:05d}.safetensors")
+            save_file(tensors, path, {"DCP_SHARDING_INFO": json.dumps(places)})
+            sync_file(path)
+        written: Future[list] = Future()
+        written.set_result([])
+        return written
 
 
 @contextlib.contextmanager

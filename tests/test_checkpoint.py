@@ -103,8 +103,8 @@ def test_a_state_that_no_run_wrote_is_refused(change, run, tmp_path):  # noqa: F
 
 def test_a_file_that_nobody_listed_is_refused(run, tmp_path):  # noqa: F811
     newest = Path(shutil.copytree(checkpoint.latest(run / "checkpoints"), tmp_path / "step-00000014"))
-    save_file({"model.extra": torch.ones(1)}, newest / "shard-00009-model-00001-of-00001.safetensors")
-    assert checkpoint.damage(newest) == "shard-00009-model-00001-of-00001.safetensors is not in the manifest"
+    save_file({"model.extra": torch.ones(1)}, newest / "shard-00009.safetensors")
+    assert checkpoint.damage(newest) == "shard-00009.safetensors is not in the manifest"
 
 
 def test_pipes_and_endless_files_are_refused(run, tmp_path):  # noqa: F811
