@@ -257,6 +257,26 @@ def test_cached_pairs_are_those_of_a_batch_at_once():
     assert abs(micro[0]["ets"] - whole_ets[0]["ets"]) > 0.1
 
 
+def test_cached_features_drop_out_what_the_second_pass_does(monkeypatch):
+    seen = []
+
+    class Watched(CachedEts):
+        def __init__(self, features, *parts, **options):
+            super().__init__(features, *parts, **options)
+            self.features = features
+
+        def __iter__(self):
+            for cached, ets in zip(self.features, super().__iter__()):
+                yield lambda *f, cached=cached, ets=ets, **o: seen.append((cached, f[:2])) or ets(*f, **o)
+
+    monkeypatch.setattr("dbeta.trainer.CachedEts", Watched)
+    dropped = dataclasses.replace(TINY, dropout=0.2, attention_dropout=0.2)
+    steps_of(Ranks(), configured(dropped, accumulate=2, ets_pairs="batch"), 1)
+    assert len(seen) == 2
+    for first, second in seen:
+        assert all(map(torch.equal, first, second))
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_nan_on_one_rank_skips_the_step_on_all(strategy, teams):
     alone = check(teams(2), configured(TINY, strategy), count=4, bad=2)
