@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from dbeta import checkpoint
 from dbeta.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from dbeta.counters import Counters
 from dbeta.data.batch import Batch
 from dbeta.distributed import Ranks, share_of, whole
 from dbeta.ets import CachedEts, ring_ets_loss
@@ -281,6 +282,18 @@ def test_cached_features_drop_out_what_the_second_pass_does(monkeypatch):
 def test_a_nan_on_one_rank_skips_the_step_on_all(strategy, teams):
     alone = check(teams(2), configured(TINY, strategy), count=4, bad=2)
     assert [line["now"] for line in alone] == [0, 0, 1, 0]
+
+
+def counted(ranks: Ranks) -> dict:
+    counters = Counters(configured(TINY), torch.device("cpu"), ranks)
+    counters.add("total", torch.tensor(float(ranks.rank)))
+    counters.end_step(ranks.any(torch.tensor(not ranks.first)).float())
+    counters.skipped_steps()
+    return counters.state_dict()
+
+
+def test_what_a_checkpoint_keeps_of_a_log_window_is_of_all_ranks(teams):
+    assert teams(2)(counted) == [{"sums": {"total": 0.5}, "counted": 1, "skipped": [1, 1]}] * 2
 
 
 def stepper_and_batches(ranks: Ranks, config: Config, steps: range) -> tuple[Stepper, list[list[Batch]]]:
