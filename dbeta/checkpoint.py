@@ -97,7 +97,7 @@ def write(
     except (OSError, ValueError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"checkpoint at step {step} not written to {folder}: {error}; the one before it is whole. Free some space "
+            f"checkpoint at step {step} not written to {folder}: {error}; the one before it is whole. Put that right "
             "and use --resume"
         ) from error
     return final

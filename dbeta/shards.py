@@ -27,6 +27,7 @@ from dbeta.distributed import Ranks
 from dbeta.files import sync_file
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MAX_HEADER = 1 << 22  # bytes: that of the paper's network has 447,160; parsed, one takes many times as much
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on purpose: one process, or no need to agree
 
 
@@ -92,6 +93,10 @@ def stored(folder: Path) -> dict[str, Tensor]:
         ValueError: a file cannot be read, or shards do not make up whole tensors.
     """
     try:
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb") as file:
+                if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+                    raise ValueError(f"the header of {path.name} is longer than {MAX_HEADER:,} bytes")
         found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
         for name, described in found.items():
             if not _makes_whole(described):

@@ -197,6 +197,8 @@ def train(
     if stopped:
         announce(f"stopped by a signal: step {done} is saved in {out}; go on with --resume")
         return {}
+    if first == config.train.steps and ranks.first:
+        validator()  # no step was left, and the report shows classes
     return write_report(out, config, log, validator, show_examples=show_examples) if ranks.first else {}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,12 @@ def test_shards_that_lie_are_refused_and_change_nothing(parts, message, tmp_path
     with pytest.raises(ValueError, match=message):
         shards.load(forged(tmp_path / "shards", *parts), module, None)
     assert torch.equal(module.weight, VALUE)
+
+
+def test_a_header_without_end_is_refused(tmp_path):
+    (tmp_path / "shard-00001.safetensors").write_bytes(struct.pack("<Q", shards.MAX_HEADER + 1) + b"{" + b" " * 10)
+    with pytest.raises(ValueError, match=r"the header of shard-00001.safetensors is longer than 4,194,304 bytes"):
+        shards.load(tmp_path, linear(), None)
 
 
 def test_moments_that_do_not_fit_are_refused_and_change_nothing(tmp_path):

@@ -92,6 +92,15 @@ def test_damaged_newest_checkpoint_falls_back(run, corpus, tmp_path, capfd):
     assert "is damaged" in capfd.readouterr().err
 
 
+def test_a_run_killed_before_its_report_writes_it_when_resumed(run, corpus, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / "report.html").unlink()
+    result = CliRunner().invoke(pretrain, command(corpus, copy, "--resume"), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    wanted = (run / "report.html").read_text()
+    assert (copy / "report.html").read_text() == wanted.replace(str(run), str(copy))
+
+
 def fails(arguments: list[str], *words: str) -> None:
     result = CliRunner().invoke(pretrain, arguments)
     assert result.exit_code == 2, result.output
