@@ -57,6 +57,25 @@ def test_rounding_in_bf16_is_not_wrong(monkeypatch):
     step.check(("reference", "fused"), config, torch.device("cpu"))
 
 
+def test_what_is_compiled_is_checked_on_few_layers(monkeypatch):
+    seen = []
+
+    def made(self, provider, _, config, __):
+        model = config.model
+        seen.append((provider, model.ecg_layers, model.text_layers, model.fusion_layers, model.mem_layers))
+
+    monkeypatch.setattr(step, "_checked", set())
+    monkeypatch.setattr(step.Bench, "__init__", made)
+    monkeypatch.setattr(
+        step.Bench, "computed", lambda _: (torch.float32, dict.fromkeys((*step.LOSSES, "weight"), torch.ones(2)))
+    )
+    config = step.Config.load("paper", ["runtime.device=cpu"])
+    step.check(("removals", "fused + compile", "compiled reference"), config, torch.device("cpu"))
+    few = (2, 2, 4, 2)  # the MEM decoder reads what the fourth fusion layer is given
+    assert seen[:2] == [("reference", 8, 12, 6, 4), ("removals", 8, 12, 6, 4)]
+    assert seen[2:] == [("reference", *few), ("fused + compile", *few), ("compiled reference", *few)]
+
+
 @pytest.mark.parametrize(
     ("dtype", "name", "factor", "wrong"),
     [
