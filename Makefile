@@ -1,7 +1,7 @@
 # make pretrain      train the smoke preset on the built-in synthetic corpus (CPU, minutes)
 # make test          all tests that run on two cores in minutes        make test-slow   the long ones
 # make bench         every benchmark this machine can run              make lint        ruff
-# The kernel tests have a run of their own: Triton's interpreter is chosen once per process.
+# The kernel tests have a run of their own, since Triton's interpreter is chosen once per process, beside the others.
 # Each target makes .venv and installs what it needs; a second run finds it done.
 
 PYTHON ?= python3
@@ -10,13 +10,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-.PHONY: pretrain test test-slow bench lint clean
+.PHONY: pretrain test test-kernels test-others test-slow bench lint clean
 
 pretrain: $(VENV)/base
 	$(BIN)/dbeta-pretrain --preset smoke $(ARGS)
 
 test: $(VENV)/full
+	$(MAKE) --jobs 2 --output-sync test-others test-kernels
+
+test-others:
 	$(BIN)/python -m pytest --ignore tests/kernels $(ARGS)
+
+test-kernels:
 	$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 test-slow: $(VENV)/full

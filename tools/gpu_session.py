@@ -90,13 +90,14 @@ def tests(rehearse: bool) -> Rows:
     command += ["tests/kernels/test_budget.py", "-k", "ets_loss-matched"] if rehearse else ["-m", GPU_TESTS, "tests"]
     if not rehearse and _has("xdist"):
         command += ["-n", "6"]  # most of the time goes into compiling on the host
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=_interruptible)
     try:
         process.wait(float(os.environ["DBETA_SESSION_SECONDS"]) - WINDING_UP)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # pytest then reports what it has; its workers may take longer to end
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(WINDING_UP - 5)
+        process.kill()
     suite = ElementTree.parse(report).getroot().find("testsuite")
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     wrong = [c for c in suite.iter("testcase") if c.find("failure") is not None or c.find("error") is not None]
@@ -104,6 +105,10 @@ def tests(rehearse: bool) -> Rows:
     for case in wrong:
         message = next(c.get("message", "") for tag in ("failure", "error") for c in case.iter(tag))
         yield {"failed": f"{case.get('classname')}::{case.get('name')}", "message": message[:400]}
+
+
+def _interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell has started in the background ignores it
 
 
 def kernels(rehearse: bool) -> Rows:
