@@ -16,7 +16,7 @@ pretrain: $(VENV)/base
 	$(BIN)/dbeta-pretrain --preset smoke $(ARGS)
 
 test: $(VENV)/full
-	$(MAKE) --jobs 2 --output-sync test-others test-kernels
+	$(MAKE) --jobs 2 test-others test-kernels
 
 test-others:
 	$(BIN)/python -m pytest --ignore tests/kernels $(ARGS)
