@@ -164,10 +164,11 @@ def latest(folder: Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        if odd := [file.name for file in path.iterdir() if not file.is_file()]:  # a pipe would be waited for
+        present = {file.name: file.is_file() for file in path.iterdir()}
+        if odd := [name for name, regular in present.items() if not regular]:  # a pipe would be waited for
             return f"{min(odd)} is no file"
         files = _json(path / "manifest.json")
-        if unlisted := {file.name for file in path.iterdir()} - {*files, "manifest.json"}:
+        if unlisted := present.keys() - {*files, "manifest.json"}:
             return f"{min(unlisted)} is not in the manifest"
         for name, expected in files.items():
             size = (path / name).stat().st_size

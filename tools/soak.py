@@ -7,7 +7,7 @@ another third the newest checkpoint is damaged as well. For every five kills the
 exit 0) and one full disk: a tmpfs where this machine lets us mount one, else a limit on the size of files. After every
 blow the run is started again with --resume, and must go on. Whenever it reaches its end, weights, moments and metrics
 must equal those of the undisturbed run, and another one begins. Exit code 1 if anything differs. With ``--ranks 2`` the
-run is one of torchrun's whose weights, moments and checkpoints are sharded (FSDP2), and a kill hits one of its ranks.
+run is one of torchrun's whose weights, moments and checkpoints are sharded (FSDP2), and a kill hits torchrun or a rank.
 """
 
 import argparse
