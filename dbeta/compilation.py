@@ -1,29 +1,38 @@
-"""torch.compile of the step: one graph for each shape of text, CUDA graphs on a GPU, and what compiling cost.
+"""torch.compile of training: the whole step as one graph, or each layer by itself; what compiling cost.
 
-The compiled step has static shapes, so it is compiled again for every ``TextShape`` of ``BatchMaker.shape``; there are
-few of them, but more than torch allows a function by default, which with ``fullgraph`` would end the run.
+``runtime.compile_scope`` chooses. ``step``: one graph, without a break, replayed as a CUDA graph on a GPU. ``layers``:
+layers of a kind share their code, so it compiles several times faster; the rest of the step stays eager.
+
+The shape of text changes from batch to batch (``BatchMaker.shape``). On a GPU a graph is compiled for the first shape,
+and when another one comes, a second for all. Where results have to repeat bit for bit (on a CPU, and with
+``runtime.deterministic``) every shape has its own: else rounding would depend on which came first, and a resumed run
+begins with another one.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 from dbeta.config import RuntimeConfig
 
-SHAPES = 64  # graphs of one function; 7 text buckets with a few totals of tokens each
+SHAPES = (
+    64  # graphs of one function: 7 text buckets with a few totals of tokens each; torch allows 8, then ends the run
+)
 
 
 def compiled(function: Callable, config: RuntimeConfig, device: torch.device, *, alone: bool = True) -> Callable:
-    """``function`` compiled, or as it is where ``runtime.compile`` is off.
+    """``function`` compiled, or as it is where the step is not compiled as a whole.
 
     Args:
         alone: one process trains; a graph break is then an error, while messages between ranks part the graph.
     """
-    if not config.compile:
+    if not config.compile or config.compile_scope != "step":
         return function
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     graphs = uses_graphs(config, device, alone=alone)
-    graph = torch.compile(function, fullgraph=alone, dynamic=False, mode="reduce-overhead" if graphs else None)
+    mode = "reduce-overhead" if graphs else None
+    graph = torch.compile(function, fullgraph=alone, dynamic=_dynamic(config, device), mode=mode)
     if not graphs:
         return graph
 
@@ -34,9 +43,28 @@ def compiled(function: Callable, config: RuntimeConfig, device: torch.device, *,
     return step
 
 
+def compile_layers(layers: Iterable[nn.Module], config: RuntimeConfig, device: torch.device) -> None:
+    """Compile each of ``layers`` in place, where that is the scope; a graph break is an error."""
+    if config.compile and config.compile_scope == "layers":
+        for layer in layers:
+            layer.compile(fullgraph=True, dynamic=_dynamic(config, device))
+
+
+def uncompiled(config: RuntimeConfig) -> contextlib.AbstractContextManager:
+    """Around what is computed rarely: layers run as they are written, and get no graph for it."""
+    return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
+
+
 def uses_graphs(config: RuntimeConfig, device: torch.device, *, alone: bool = True) -> bool:
     """Whether the compiled step is replayed as a CUDA graph: the kernels of a step then cost one launch."""
-    return config.compile and config.cuda_graphs and alone and device.type == "cuda"
+    whole = config.compile and config.compile_scope == "step"
+    return whole and config.cuda_graphs and alone and device.type == "cuda"
+
+
+def _dynamic(config: RuntimeConfig, device: torch.device) -> bool | None:
+    """What torch.compile is told of shapes: False, every one has a graph; None, those that change have one for all."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    return False if config.deterministic or device.type == "cpu" else None
 
 
 def report() -> str:
@@ -48,4 +76,4 @@ def report() -> str:
         return ""
     seconds = sum(compilation_time_metrics.get("_compile.compile_inner", ()))
     breaks = sum(counters["graph_break"].values())
-    return f"torch.compile: {graphs} graphs (one for each shape of text), {breaks} graph breaks, {seconds:.0f} s"
+    return f"torch.compile: {graphs} graphs, {breaks} graph breaks, {seconds:.0f} s"

@@ -167,6 +167,7 @@ class RuntimeConfig:
     attention: Literal["auto", "flash-attn", "sdpa-flash", "sdpa", "reference"] = "auto"
     removals: bool = True  # the exact removals of KERNELS section 1
     compile: bool = False
+    compile_scope: Literal["step", "layers"] = "step"  # the step as one graph | each layer by itself: compiles faster
     cuda_graphs: bool = True  # replay the compiled step as a CUDA graph, where there is a GPU
     deterministic: bool = False
     strategy: Literal["ddp", "fsdp"] = "ddp"  # several ranks: whole weights on each | weights and moments sharded

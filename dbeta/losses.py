@@ -106,6 +106,7 @@ class Objective(nn.Module):
     def __init__(self, model: DBeta, config: LossConfig, ranks: Ranks, runtime: RuntimeConfig, device: torch.device):
         super().__init__()
         self.model, self.config, self.ranks = model, config, ranks
+        compilation.compile_layers(self.layers(), runtime, device)
         # messages between ranks part the graph
         self.losses = compilation.compiled(pretraining_losses, runtime, device, alone=ranks.world == 1)
 
@@ -114,14 +115,18 @@ class Objective(nn.Module):
         """Encoders of transformers may have a pooler, which we do not read; a loss of weight 0 leaves out its head."""
         return self.model.config.text_encoder != "flan-t5" or not all(heads(self.model, self.config))
 
-    def blocks(self) -> list[nn.Module]:
-        """The layers that are only ever called as a whole; T5's first also lends its relative bias."""
+    def layers(self) -> list[nn.Module]:
+        """All layers of the network; an encoder of transformers counts as one."""
         model = self.model
-        text = getattr(model.text_encoder, "block", [])[1:]
         return [
-            *model.ecg_encoder.layers, *text, *model.fusion.text_layers, *model.fusion.ecg_layers,
+            *model.ecg_encoder.layers, *_text_layers(model), *model.fusion.text_layers, *model.fusion.ecg_layers,
             *model.mem_head.blocks,
         ]  # fmt: skip
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers that are only ever called as a whole; T5's first also lends its relative bias."""
+        lends = _text_layers(self.model)[0]
+        return [layer for layer in self.layers() if layer is not lends]
 
     def forward(self, batch: Batch, pairs: Callable[..., Tensor] | None = ring_ets_loss) -> Losses | tuple[Tensor, ...]:
         """The losses; without ``pairs`` the (ECG, text) features that they would be computed from, [B, D] each."""
@@ -137,6 +142,10 @@ def heads(model: DBeta, config: LossConfig) -> tuple[bool, bool]:
     """Whether the MLM and the MEM head are computed."""
     dense = not model.runtime.removals
     return dense or config.mlm != 0, dense or config.mem != 0
+
+
+def _text_layers(model: DBeta) -> list[nn.Module]:
+    return list(getattr(model.text_encoder, "block", [model.text_encoder]))
 
 
 def _outputs(model: DBeta, batch: Batch, config: LossConfig) -> Outputs:

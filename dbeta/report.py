@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dbeta import compilation
 from dbeta.config import Config
 from dbeta.files import write_whole
 
@@ -167,8 +168,9 @@ def _reconstruction(validator: Any) -> str:
 
     raw, batch = validator.first_batch()
     whole = validator.whole_ecg(raw)
-    rebuilt = reconstruct(validator.model, batch, whole)
     config = validator.config
+    with compilation.uncompiled(config.runtime):
+        rebuilt = reconstruct(validator.model, batch, whole)
     hidden = (
         f"Reconstructed: {config.model.mask_ratio:.0%} of the patches and {1 - config.data.lead_keep_probability:.0%} "
     )

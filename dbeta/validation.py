@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dbeta import compilation
 from dbeta.config import Config
 from dbeta.data.batch import Batch, BatchMaker
 from dbeta.data.corpus import Corpus
@@ -65,7 +66,8 @@ class Validator:
         self.model.eval()
         totals, counts = dict.fromkeys(LOSSES, 0.0), dict.fromkeys(COUNTERS, 0.0)
         ecg, text, reports = [], [], []
-        with autocast(self.config.runtime, self.device):
+        runtime = self.config.runtime
+        with compilation.uncompiled(runtime), autocast(runtime, self.device):
             for index, raw in enumerate(self._raw()):
                 batch = self._batch(raw, index)
                 losses = pretraining_losses(self.model, batch, self.config.loss)

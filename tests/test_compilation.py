@@ -55,6 +55,7 @@ def test_a_graph_break_is_an_error(compile_quickly):
         (RuntimeConfig(compile=True), "cpu", False),
         (RuntimeConfig(compile=True, cuda_graphs=False), "cuda", False),
         (RuntimeConfig(), "cuda", False),
+        (RuntimeConfig(compile=True, compile_scope="layers"), "cuda", False),
     ],
 )
 def test_where_graphs_are_used(config, device, used):

@@ -35,12 +35,13 @@ BAND = 0.03  # of the fp32 loss, for the means over quarters of the run
 GPU_TESTS = "gpu and not slow"
 WINDING_UP = 25  # seconds that pytest may take to end
 
-# Of the step: what the bars are about comes first, so that a limit cuts off the rest; before it what takes seconds, and
-# late what is compiled for each of the 6-7 shapes of text that `real` has.
+# Of the step: what the bars are about comes first, so that a limit cuts off the rest, and what compiles in seconds
+# (layers) before what takes minutes (a step at once, twice where shapes of text change).
 STEPS = (
-    ("uniform40", "fused"), ("uniform40", "fused + compile"), ("real", "fused"), ("real", "reference"),
-    ("uniform40", "reference"), ("uniform40", "removals"), ("uniform64", "fused + compile"),
-    ("real", "fused + compile"), ("real", "compiled reference"), ("uniform128", "fused + compile"),
+    ("uniform40", "fused"), ("uniform40", "fused + compiled layers"), ("real", "fused + compiled layers"),
+    ("real", "reference"), ("uniform40", "fused + compile"), ("real", "compiled reference"), ("real", "fused"),
+    ("uniform40", "reference"), ("uniform40", "removals"), ("real", "fused + compile"),
+    ("uniform64", "fused + compiled layers"), ("uniform128", "fused + compiled layers"),
 )  # fmt: skip
 TINY = ("model.samples=640", "model.text_vocab=600")  # of a rehearsal, with the preset smoke
 

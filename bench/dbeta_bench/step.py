@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dbeta import compilation
 from dbeta.config import Config
 from dbeta.data.batch import Batch, BatchMaker, TextVocabulary
 from dbeta.data.loader import RawBatch
@@ -38,6 +39,7 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "removals": {"kernels": "reference", "removals": True},  # but the positional convolution, which is an operator
     "fused": {"kernels": "auto", "removals": True},
     "fused + compile": {"kernels": "auto", "removals": True, "compile": True},
+    "fused + compiled layers": {"kernels": "auto", "removals": True, "compile": True, "compile_scope": "layers"},
 }
 
 # In front of the times, each provider's step of CHECKED records without dropout is held to the reference's: each loss,
@@ -192,9 +194,10 @@ class Bench:
         """FLOPs of forward and backward of one batch: matrix products, convolutions and the operators of FORMULAS."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-            with autocast(self.config.runtime, self.device):  # in float32 it would not fit beside a CUDA graph's memory
-                losses = pretraining_losses(self.stepper.model, self.batch(), self.config.loss)  # not compiled
+        runtime = self.config.runtime
+        with compilation.uncompiled(runtime), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            with autocast(runtime, self.device):  # in float32 it would not fit beside a CUDA graph's memory
+                losses = pretraining_losses(self.stepper.model, self.batch(), self.config.loss)
             losses.total.backward()
         self.stepper.optimizer.zero_grad(set_to_none=True)
         return float(counter.get_total_flops())

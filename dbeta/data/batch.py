@@ -17,7 +17,7 @@ from dbeta.data.reports import TokenTable
 from dbeta_kernels import philox
 from dbeta_kernels.lead_mask import lead_mask
 
-TEXT_BUCKETS = (32, 48, 64, 96, 128, 192, 256)
+TEXT_BUCKETS = (32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)  # multiples of 8, as attention kernels want them
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,7 +126,7 @@ class BatchMaker:
     def shape(self, records: Tensor, step: int, rows: Tensor, *, bucketed: bool) -> TextShape:
         """The shape of a batch's text, on the host: longest text, hidden tokens, all tokens.
 
-        ``bucketed`` rounds up, so that few static shapes occur (each is a graph of its own, see ``compilation``): the
+        ``bucketed`` rounds up, so that few shapes occur (each may be a graph of its own, see ``compilation``): the
         slots follow from the tokens, with six standard deviations to spare, unless a draw needs still more.
         """
         shown, _ = self.texts(records, step, rows)

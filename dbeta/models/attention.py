@@ -69,8 +69,8 @@ class Rows(NamedTuple):
         """Rows -> [B, T, ...]; cells without a row hold arbitrary finite values."""
         if self.index is None:
             return rows
-        if self.ordered:
-            cells = rows.new_zeros(self.mask.numel(), *rows.shape[1:]).index_copy(0, self.index, rows)
+        if self.ordered and rows.requires_grad:
+            cells = _Spread.apply(rows, self.inverse, self.index)
         else:
             cells = rows.index_select(0, self.inverse)
         return cells.unflatten(0, self.mask.shape)
@@ -97,6 +97,20 @@ class _TakeRows(torch.autograd.Function):
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None
+
+
+class _Spread(torch.autograd.Function):
+    """rows[inverse], where what is at cells without a row of their own is never read: no gradient comes from there."""
+
+    @staticmethod
+    def forward(ctx, rows, inverse, index):
+        ctx.save_for_backward(index)
+        return rows.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return grad.index_select(0, index), None, None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dbeta.config import ModelConfig
 from dbeta.models.attention import compute_dtype
-from dbeta.models.layers import PostNormLayer, take_tokens
+from dbeta.models.layers import LayerNorm, PostNormLayer, take_tokens
 from dbeta_kernels.conv_stem import conv_stem
 from dbeta_kernels.positional_conv import positional_conv
 
@@ -69,12 +69,12 @@ class EcgEncoder(nn.Module):
         width = config.width
         self.dropout = config.dropout
         self.stem = ConvStem(config.leads, config.stem_width, config.stem_layers)
-        self.stem_norm = nn.LayerNorm(config.stem_width)
+        self.stem_norm = LayerNorm(config.stem_width)
         same = config.stem_width == width
         self.input_projection = nn.Identity() if same else nn.Linear(config.stem_width, width)
         self.positional = PositionalConv(width, config.pos_kernel, config.pos_groups)
         self.cls = nn.Parameter(torch.empty(width))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.layers = nn.ModuleList(
             PostNormLayer(
                 width, config.ecg_heads, config.ecg_ffn, eps=1e-5,

@@ -47,7 +47,8 @@ class Fusion(nn.Module):
             cells: int64 [S], the cells of the text grid whose final states are wanted; None: all.
             cls_only: of the ECG only the final state of CLS is wanted.
         """
-        text, ecg = text + self.modality.weight[0], ecg + self.modality.weight[1]
+        as_text, as_ecg = self.modality.weight.to(text.dtype)
+        text, ecg = text + as_text, ecg + as_ecg
         tap = (text, ecg)
         last = len(self.text_layers) - 1
         for i, (text_layer, ecg_layer) in enumerate(zip(self.text_layers, self.ecg_layers)):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbeta.config import ModelConfig
-from dbeta.models.layers import PreNormBlock, take_tokens
+from dbeta.models.layers import LayerNorm, PreNormBlock, take_tokens
 
 POSITIONS = 512  # the released table's length
 
@@ -29,7 +29,7 @@ class MlmHead(nn.Module):
     def __init__(self, width: int, vocabulary: int):
         super().__init__()
         self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.norm = LayerNorm(width, eps=1e-12)
         self.vocabulary = nn.Linear(width, vocabulary)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class MemHead(nn.Module):
         self.blocks = nn.ModuleList(
             PreNormBlock(width, config.mem_heads, config.mem_ffn) for _ in range(config.mem_layers)
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.output = nn.Linear(width, config.leads * config.patch)
 
     def forward(self, states: Tensor, restore: Tensor, patches: Tensor, *, pruned: bool = True) -> Tensor:

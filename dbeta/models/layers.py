@@ -3,7 +3,17 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbeta.models.attention import Rows, attend, take_rows
+from dbeta.models.attention import Rows, attend, compute_dtype, take_rows
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation whose result has the dtype of matrix products, of which it is the input.
+
+    Under autocast its arithmetic is float32, and so would be its result; half of what moves between layers is that.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(compute_dtype(x))
 
 
 class Attention(nn.Module):
@@ -58,12 +68,12 @@ class PostNormLayer(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.attention = Attention(width, heads, attention_dropout)
-        self.attention_norm = nn.LayerNorm(width, eps)
+        self.attention_norm = LayerNorm(width, eps)
         self.cross_attention = Attention(width, heads, attention_dropout) if cross else None
-        self.cross_norm = nn.LayerNorm(width, eps) if cross else None
+        self.cross_norm = LayerNorm(width, eps) if cross else None
         self.ffn_in = nn.Linear(width, ffn)
         self.ffn_out = nn.Linear(ffn, width)
-        self.ffn_norm = nn.LayerNorm(width, eps)
+        self.ffn_norm = LayerNorm(width, eps)
 
     def forward(
         self,
@@ -96,9 +106,9 @@ class PreNormBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, ffn: int):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
+        self.attention_norm = LayerNorm(width)
         self.attention = Attention(width, heads, 0.0)
-        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn_norm = LayerNorm(width)
         self.ffn_in = nn.Linear(width, ffn)
         self.ffn_out = nn.Linear(ffn, width)
 

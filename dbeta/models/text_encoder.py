@@ -31,7 +31,7 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return scaled.to(x.dtype) * self.weight
+        return (scaled.to(x.dtype) * self.weight).to(compute_dtype(x))
 
 
 class SelfAttention(nn.Module):

@@ -2,14 +2,20 @@
 
 import contextlib
 import dataclasses
+import functools
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbeta import compilation
 from dbeta.config import Config, LossConfig, RuntimeConfig
-from dbeta.losses import pretraining_losses
+from dbeta.distributed import ALONE
+from dbeta.losses import Objective, pretraining_losses
+from dbeta.models.layers import LayerNorm, PostNormLayer, PreNormBlock
+from dbeta.models.text_encoder import Block, RmsNorm
 from dbeta_bench.step import Bench
 from tests.models.small import SMALL, TOKENS, batch_of, network
 
@@ -90,17 +96,17 @@ def test_a_whole_step_never_waits_for_the_gpu(provider):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_cuda_graphs_train_the_same(accumulate):
+@pytest.mark.parametrize(("scope", "accumulate"), [("step", 1), ("step", 2), ("layers", 1)])
+def test_what_is_compiled_trains_the_same(scope, accumulate):
     """Float32 without dropout: the weights after some steps, shapes of text changing, are those of the eager step."""
     results = []
     for engine in ("compile=false", "compile=true"):
-        settings = ("device=cuda", "precision=fp32", "kernels=reference", engine)
+        settings = ("device=cuda", "precision=fp32", "kernels=reference", engine, f"compile_scope={scope}")
         settings = [*TINY, *(f"runtime.{setting}" for setting in settings)]
         config = Config.load("smoke", [*settings, f"train.accumulate={accumulate}"])
         bench = Bench("removals", "real", config, torch.device("cuda"))
         bench.stepper = type(bench.stepper)(bench.stepper.model, config, bench.device)
-        for step in range(6):  # two shapes by turns: each is warmed up, recorded and, in the third round, replayed
+        for step in range(6):  # two shapes by turns: with CUDA graphs each is warmed up, recorded, replayed
             bench.done = step % 2
             bench.stepper.step([bench.batch() for _ in range(accumulate)])
         results.append([p.detach().clone() for p in bench.stepper.parameters])
@@ -135,3 +141,56 @@ def test_one_graph(backend):
         results.append([losses.total, *(p.grad for p in model.parameters())])
     for eager, graph in zip(*results):
         torch.testing.assert_close(graph, eager, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("removals", [True, False])
+def test_under_autocast_layers_hand_on_bf16(removals):
+    """T5's and the decoder's residual streams add up over layers; only T5's is float32 throughout."""
+    model, batch = network(SMALL, RuntimeConfig(removals=removals)).float(), batch_of(SMALL, text_tokens=TOKENS + 8)
+    batch.ecg, batch.signal = batch.ecg.float(), batch.signal.float()
+    handed = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm | RmsNorm | PostNormLayer | PreNormBlock | Block):
+            module.register_forward_hook(lambda *a, name=name: handed.__setitem__(name, a[2].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        pretraining_losses(model, batch, LossConfig())
+    wide = {name for name, dtype in handed.items() if dtype != torch.bfloat16}
+    assert len(handed) > 30 and wide == {f"text_encoder.block.{i}" for i in range(SMALL.text_layers)}
+
+
+def test_a_norm_under_autocast_is_float32_rounded_once():
+    norm, x = LayerNorm(64), 10 + torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x), nn.functional.layer_norm(x, (64,)).bfloat16())
+    assert norm(x).dtype == torch.float32 and norm.double()(x.double()).dtype == torch.float64
+
+
+SHAPES = {"cpu": (17, 30, 30, 9), "cuda": (17, 30, 24, 9)}  # longest text of each batch; on a CPU one comes twice
+
+
+@pytest.mark.parametrize("scope", ["step", "layers"])
+@pytest.mark.parametrize("device", SHAPES)
+def test_graphs_of_changing_shapes(device, scope, monkeypatch):
+    """Bit-for-bit devices compile every shape, a GPU a second graph for all; values are the eager step's."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    runtime = RuntimeConfig(compile=True, compile_scope=scope, cuda_graphs=False)
+    model = network(SMALL, runtime)
+    objective = Objective(model, LossConfig(), ALONE, runtime, torch.device(device))
+    graphs = []
+    for longest in SHAPES[device]:
+        batch, results = batch_of(SMALL, (longest, 5, 8, 3), text_tokens=longest + 20), []
+        for context in (compilation.uncompiled(runtime), contextlib.nullcontext()):
+            model.zero_grad()
+            with context:
+                losses = objective(batch)
+            losses.total.backward()
+            results.append([losses.total, *(p.grad.clone() for p in model.parameters())])
+        for eager, compiled in zip(*results):
+            torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    first, second, third, fourth = graphs
+    assert first == {"step": 1, "layers": 8}[scope]  # of 12 layers, those that are called alike share one
+    assert first < second == third, "a shape that has a graph was compiled again"
+    assert (fourth > third) == (device == "cpu")
