@@ -9,7 +9,18 @@ from dbeta.one_line import Command, Group
 
 SOURCES = ("mimic-iv-ecg", "ptb-xl", "cpsc2018", "csn", "cinc2021", "code-test", "code-15", "ptb", "sph", "synthetic")
 DEVICE = click.Choice(["auto", "cpu", "cuda"])
-FOLDER = click.Path(path_type=Path)
+
+
+class _Path(click.Path):
+    """A path; an empty one, as an unset shell variable gives, would be the folder one is in."""
+
+    def convert(self, value, param, ctx):
+        if value == "":
+            self.fail("the path is empty; give one, or . for this folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = _Path(path_type=Path)
 LENGTHS_HELP = "Records that are not 10 s: zero-padded if shorter; their first 10 s or the mean of windows if longer."
 
 
@@ -87,7 +98,10 @@ def negatives(corpus, encoder, k, device, engine, remedy):
 @click.option("--out", type=FOLDER, required=True, help="Model folder to write.")
 def import_checkpoint(released, config, lead_order, tokenizer, out):
     """Turn a checkpoint of the authors' release into a model folder; prints what was mapped."""
+    from dbeta.files import must_be_writable
     from dbeta.models.released import import_checkpoint
+
+    must_be_writable(out / "model.safetensors")
 
     def say(line):
         click.echo(line, err=True)

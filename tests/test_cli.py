@@ -1,5 +1,6 @@
 """The list of commands and options is a contract: a change here is a change of the interface."""
 
+import shlex
 import subprocess
 import sys
 
@@ -81,6 +82,9 @@ def test_help_does_not_wait_for_torch():
         (main, "evaluate", ("Usage: dbeta evaluate",)),
         (main, "evaluate all MODEL", ("Missing option '--data'", "see dbeta evaluate all --help")),
         (main, "evaluate al MODEL", ("dbeta evaluate: No such command 'al'", "see dbeta evaluate --help")),
+        (main, "doctor ''", ("dbeta doctor: Invalid value for 'PATH': the path is empty", "see dbeta doctor --help")),
+        (pretrain, "--out ''", ("dbeta-pretrain: Invalid value for '--out': the path is empty",)),
+        (main, f"import-checkpoint x --out {__file__}", ("test_cli.py is no folder; choose another place",)),
         (pretrain, "--seed x", ("dbeta-pretrain: Invalid value for '--seed'", "see dbeta-pretrain --help")),
         (bench, "--device cpu", ("dbeta-bench: No such option '--device'", "see dbeta-bench --help")),
         (bench, "step --batch 0", ("dbeta-bench step: Invalid value for '--batch'", "see dbeta-bench step --help")),
@@ -91,7 +95,7 @@ def test_help_does_not_wait_for_torch():
 def test_mistakes_are_one_line(command, words, told):
     """Click's own, too: the command, what is wrong, and where to look; only a group alone shows its help."""
     name = {main: "dbeta", pretrain: "dbeta-pretrain", bench: "dbeta-bench"}[command]
-    done = CliRunner().invoke(command, words.split(), prog_name=name)
+    done = CliRunner().invoke(command, shlex.split(words), prog_name=name)
     assert done.exit_code == 2 and all(word in done.stderr for word in told), done.output
     if words != "evaluate":
         assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1 and not done.stdout.count("Usage")

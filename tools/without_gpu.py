@@ -1,7 +1,9 @@
 """What torch.compile makes of the training step for an H100, on a machine without one: kernels, bytes, seconds.
 
-    python tools/without_gpu.py --workload uniform40                     the step as one graph
-    python tools/without_gpu.py --workload real --shapes 2 --scope layers --out layers.json
+    python tools/without_gpu.py --workload uniform40 --kernels
+    python tools/without_gpu.py --workload real --shapes 2 --provider "fused + compiled layers" --out layers.json
+
+Workloads and providers are those of ``dbeta-bench step``.
 
 Needs a torch with CUDA (torch 2.11.0+cu130 was tried; gigabytes, so in an environment of its own) and nvcc of the same
 CUDA, no driver. CUDA calls end in a stub (absent_gpu.c), tensors are fake, Triton compiles for sm_90, nothing runs. So
@@ -133,7 +135,9 @@ def watch(rows: list[dict[str, Any]], every_kernel: bool) -> None:
     GraphLowering.codegen = codegen
 
 
-def step(workload: str, scope: str, shapes: int, batch: int, settings: list[str], rows: list[dict[str, Any]]) -> None:
+def step(
+    workload: str, provider: str, shapes: int, batch: int, settings: list[str], rows: list[dict[str, Any]]
+) -> None:
     """Compile forward and backward for the first ``shapes`` batches of a workload."""
     import torch
     from torch import nn
@@ -143,7 +147,7 @@ def step(workload: str, scope: str, shapes: int, batch: int, settings: list[str]
     from dbeta.config import Config
     from dbeta.distributed import ALONE
     from dbeta.losses import Objective
-    from dbeta_bench.step import Bench
+    from dbeta_bench.step import PROVIDERS, Bench
 
     cuda = torch.device("cuda", 0)
     settings = ["runtime.device=cpu", "runtime.compile=true", f"train.batch={batch}", *settings]
@@ -152,10 +156,10 @@ def step(workload: str, scope: str, shapes: int, batch: int, settings: list[str]
     for _ in range(shapes):
         batches.append(bench.batch())
         bench.done += 1
-    model, runtime = bench.stepper.model, dataclasses.replace(
-        bench.config.runtime, device="cuda", compile_scope=scope, cuda_graphs=False, kernels="fused",
-        attention="sdpa-flash",
-    )  # fmt: skip
+    engines = {"attention": "sdpa-flash"} | PROVIDERS[provider] | {"device": "cuda", "cuda_graphs": False}
+    if engines["kernels"] == "auto":
+        engines["kernels"] = "fused"
+    model, runtime = bench.stepper.model, dataclasses.replace(bench.config.runtime, **engines)
     model.runtime = runtime
     model._choose_engines()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -164,7 +168,7 @@ def step(workload: str, scope: str, shapes: int, batch: int, settings: list[str]
             module._parameters |= {n: p if p is None else nn.Parameter(fake(p)) for n, p in module._parameters.items()}
             module._buffers |= {n: fake(b) for n, b in module._buffers.items()}
         objective = Objective(model, bench.config.loss, ALONE, runtime, cuda)
-        for layer in objective.layers() if scope == "layers" else ():
+        for layer in objective.layers() if runtime.compile_scope == "layers" else ():
             layer._compiled_call_impl = _compiled_then_eager(layer)
         for batch_ in batches:
             for field in dataclasses.fields(batch_):
@@ -195,7 +199,7 @@ def _compiled_then_eager(layer: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default="uniform40")
-    parser.add_argument("--scope", choices=("step", "layers"), default="step")
+    parser.add_argument("--provider", default="fused + compile")
     parser.add_argument("--shapes", type=int, default=1, help="batches, each of a shape of its own in `real`")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="section.key=value")
@@ -212,7 +216,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     watch(rows, given.kernels)
     try:
-        step(given.workload, given.scope, given.shapes, given.batch, given.settings, rows)
+        step(given.workload, given.provider, given.shapes, given.batch, given.settings, rows)
     finally:
         for row in rows:
             print(

@@ -22,11 +22,11 @@ def test_a_torch_without_cuda_is_named():
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
-@pytest.mark.parametrize("scope", ["step", "layers"])
-def test_the_step_compiles_for_an_absent_gpu(scope):
+@pytest.mark.parametrize("provider", ["fused + compile", "fused + compiled layers", "compiled reference"])
+def test_the_step_compiles_for_an_absent_gpu(provider):
     """One graph, or one for each kind of layer, forward and backward; a second one holds all further shapes."""
     settings = [word for value in TINY for word in ("--set", value)]
-    command = [sys.executable, TOOL, "--workload", "real", "--batch", "16", "--shapes", "3", "--scope", scope]
+    command = [sys.executable, TOOL, "--workload", "real", "--batch", "16", "--shapes", "3", "--provider", provider]
     done = subprocess.run([*command, *settings], capture_output=True, text=True)
     graphs = [int(line.split()[-4]) for line in done.stdout.splitlines() if line.startswith("text ")]
     assert graphs[0] > 0 and graphs[1] > 0 and graphs[2] == 0, done.stderr[-2000:]
