@@ -249,7 +249,7 @@ def waiting(rehearse: bool) -> Rows:
         yield from _guarded(run, provider=provider, waits=True)
 
 
-# name -> (part, seconds). They add up to 540.
+# name -> (part, seconds): they add up to 540, and are stretched to what --limit and --only give.
 PARTS: dict[str, tuple[Callable[[bool], Rows], int]] = {
     "environment": (environment, 30), "ceilings": (ceilings, 20), "tests": (tests, 100), "kernels": (kernels, 70),
     "attention": (attention, 25), "step": (step, 170), "negatives": (negatives, 20), "loader": (loader, 10),
@@ -288,10 +288,10 @@ def session(out: Path, names: list[str], limit: float, rehearse: bool) -> dict[s
     """Every part in turn; ``session.json`` is whole after each."""
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "rehearsal": rehearse, "parts": {}}
-    begun, due = time.monotonic(), 0.0
+    begun, due, stretch = time.monotonic(), 0.0, limit / sum(PARTS[name][1] for name in names)
     for name in names:
-        due += PARTS[name][1]
-        seconds = min(due, limit) - (time.monotonic() - begun)
+        due += PARTS[name][1] * stretch
+        seconds = due - (time.monotonic() - begun)
         start = time.monotonic()
         (out / f"{name}.json").unlink(missing_ok=True)
         state = _run(name, out, rehearse, seconds) if seconds > 1 else "not run: no time left"
