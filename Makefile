@@ -1,8 +1,8 @@
 # make pretrain      train the smoke preset on the built-in synthetic corpus (CPU, minutes)
 # make test          all tests that run on two cores in minutes        make test-slow   the long ones
 # make bench         every benchmark this machine can run              make lint        ruff
-# The kernel tests have a run of their own, since Triton's interpreter is chosen once per process; of all three runs two
-# go on at once.
+# The kernel tests have a run of their own, since Triton's interpreter is chosen once per process. The rest is in halves:
+# the three runs go two at a time.
 # Each target makes .venv and installs what it needs; a second run finds it done.
 
 PYTHON ?= python3
@@ -11,21 +11,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 
-APART := tests/data tests/evaluation tests/csrc tests/bench tests/use
+HALF := tests/data tests/evaluation tests/csrc tests/bench tests/use
 
-.PHONY: pretrain test test-kernels test-data test-others test-slow bench lint clean
+.PHONY: pretrain test test-kernels test-half test-others test-slow bench lint clean
 
 pretrain: $(VENV)/base
 	$(BIN)/dbeta-pretrain --preset smoke $(ARGS)
 
 test: $(VENV)/full
-	$(MAKE) --jobs 2 test-others test-kernels test-data
+	$(MAKE) --jobs 2 test-others test-kernels test-half
 
 test-others:
-	$(BIN)/python -m pytest $(addprefix --ignore ,tests/kernels $(APART)) $(ARGS)
+	$(BIN)/python -m pytest $(addprefix --ignore ,tests/kernels $(HALF)) $(ARGS)
 
-test-data:
-	$(BIN)/python -m pytest $(APART) $(ARGS)
+test-half:
+	$(BIN)/python -m pytest $(HALF) $(ARGS)
 
 test-kernels:
 	$(BIN)/python -m pytest tests/kernels $(ARGS)

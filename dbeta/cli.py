@@ -1,26 +1,13 @@
 """The commands ``dbeta`` and ``dbeta-pretrain``: options in, one call out. Lazy imports keep help instant."""
 
-from pathlib import Path
-
 import click
 
 from dbeta.evaluation.commands import register as register_evaluate
-from dbeta.one_line import Command, Group
+from dbeta.one_line import Command, Group, PathType
 
 SOURCES = ("mimic-iv-ecg", "ptb-xl", "cpsc2018", "csn", "cinc2021", "code-test", "code-15", "ptb", "sph", "synthetic")
 DEVICE = click.Choice(["auto", "cpu", "cuda"])
-
-
-class _Path(click.Path):
-    """A path; an empty one, as an unset shell variable gives, would be the folder one is in."""
-
-    def convert(self, value, param, ctx):
-        if value == "":
-            self.fail("the path is empty; give one, or . for this folder", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-FOLDER = _Path(path_type=Path)
+FOLDER = PathType()
 LENGTHS_HELP = "Records that are not 10 s: zero-padded if shorter; their first 10 s or the mean of windows if longer."
 
 

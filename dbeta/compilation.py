@@ -9,7 +9,11 @@ and when another one comes, a second for all. Where results have to repeat bit f
 begins with another one.
 """
 
+import atexit
 import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,9 +21,9 @@ from torch import nn
 
 from dbeta.config import RuntimeConfig
 
-SHAPES = (
-    64  # graphs of one function: 7 text buckets with a few totals of tokens each; torch allows 8, then ends the run
-)
+# Graphs that one function may have; torch ends the run at 8, and at 256 of all. Eleven text buckets with a few totals
+# of tokens each, times four uses of a kind of layer, with and without gradients; under FSDP for each layer by itself.
+GRAPHS = 8192
 
 
 def compiled(function: Callable, config: RuntimeConfig, device: torch.device, *, alone: bool = True) -> Callable:
@@ -30,6 +34,7 @@ def compiled(function: Callable, config: RuntimeConfig, device: torch.device, *,
     """
     if not config.compile or config.compile_scope != "step":
         return function
+    _prepare(device)
     graphs = uses_graphs(config, device, alone=alone)
     mode = "reduce-overhead" if graphs else None
     graph = torch.compile(function, fullgraph=alone, dynamic=_dynamic(config, device), mode=mode)
@@ -44,8 +49,12 @@ def compiled(function: Callable, config: RuntimeConfig, device: torch.device, *,
 
 
 def compile_layers(layers: Iterable[nn.Module], config: RuntimeConfig, device: torch.device) -> None:
-    """Compile each of ``layers`` in place, where that is the scope; a graph break is an error."""
+    """Compile each of ``layers`` in place, where that is the scope; no message between ranks lies within one.
+
+    To be called before DDP or FSDP wraps them. A graph break is an error.
+    """
     if config.compile and config.compile_scope == "layers":
+        _prepare(device)
         for layer in layers:
             layer.compile(fullgraph=True, dynamic=_dynamic(config, device))
 
@@ -63,8 +72,17 @@ def uses_graphs(config: RuntimeConfig, device: torch.device, *, alone: bool = Tr
 
 def _dynamic(config: RuntimeConfig, device: torch.device) -> bool | None:
     """What torch.compile is told of shapes: False, every one has a graph; None, those that change have one for all."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     return False if config.deterministic or device.type == "cpu" else None
+
+
+def _prepare(device: torch.device) -> None:
+    """Room for every graph; and for C++ a cache that dies with the process, as a kill leaves half a library in it."""
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, GRAPHS)
+    if device.type == "cpu" and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="dbeta-compiled-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def report() -> str:

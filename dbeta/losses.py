@@ -125,8 +125,8 @@ class Objective(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The layers that are only ever called as a whole; T5's first also lends its relative bias."""
-        lends = _text_layers(self.model)[0]
-        return [layer for layer in self.layers() if layer is not lends]
+        lender = _text_layers(self.model)[0]
+        return [layer for layer in self.layers() if layer is not lender]
 
     def forward(self, batch: Batch, pairs: Callable[..., Tensor] | None = ring_ets_loss) -> Losses | tuple[Tensor, ...]:
         """The losses; without ``pairs`` the (ECG, text) features that they would be computed from, [B, D] each."""

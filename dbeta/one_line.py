@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -26,6 +27,18 @@ def one_line() -> Iterator[None]:
         raise Mistake(f"{where}: {said} (see {where} --help)" if where else said) from error
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         raise Mistake(_flat(str(error))) from error
+
+
+class PathType(click.Path):
+    """A path, as a ``Path``; an empty one, as an unset shell variable gives, would be the folder one is in."""
+
+    def __init__(self, **options: Any):
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty; give one, or . for this folder", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def _flat(text: str) -> str:

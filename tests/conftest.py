@@ -37,3 +37,19 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):  # not item.keywords, which hold the names of folders too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory):
+    from tests.team import Team
+
+    made: dict[int, Team] = {}
+
+    def team(world: int) -> Team:
+        if world not in made:
+            made[world] = Team(world, tmp_path_factory.mktemp("team"))
+        return made[world]
+
+    yield team
+    for one in made.values():
+        one.end()

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from dbeta.cli import main, pretrain
+from dbeta.one_line import PathType
 from dbeta_bench.cli import main as bench
 
 EVALUATE = {"--data", "--out", "--untrained", "--bootstrap", "--device", "--set"}
@@ -62,6 +63,12 @@ def test_help_explains_every_option(name):
     assert CliRunner().invoke(commands()[name], ["--help"]).exit_code == 0
     options = [p for p in commands()[name].params if p.param_type_name == "option"]
     assert all(option.help for option in options)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_path_may_be_empty(name):
+    checked = [*commands()[name].params, *(p for part in bench.commands.values() for p in part.params)]
+    assert all(isinstance(p.type, PathType) for p in checked if isinstance(p.type, click.Path))
 
 
 def test_help_does_not_wait_for_torch():

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,23 @@ def test_every_shape_gets_its_graph(compile_quickly):
     for size in range(2, 22):
         step(torch.ones(size))
     assert "20 graphs" in (said := compilation.report()) and "0 graph breaks" in said
+
+
+def test_the_cache_of_cpp_dies_with_the_process():
+    """A kill leaves half a library in it, which would end every later run; one that is asked for is kept."""
+    code = "import os, torch; from dbeta import compilation as c; from dbeta.config import RuntimeConfig as R\n"
+    code += "c.compiled(torch.sin, R(compile=True), torch.device('cpu')); f = os.environ['TORCHINDUCTOR_CACHE_DIR']\n"
+    code += "print(f, os.path.isdir(f))"
+    environ = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+
+    def folder(**more):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environ | more, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    name, there = folder()
+    assert "dbeta-compiled-" in name and there == "True" and not Path(name).exists()
+    assert folder(TORCHINDUCTOR_CACHE_DIR="/asked") == ["/asked", "False"]
 
 
 def test_not_compiled_as_it_is():

@@ -2,16 +2,14 @@
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import os
-import traceback
-from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dbeta import checkpoint
 from dbeta.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
@@ -24,63 +22,9 @@ from dbeta.shards import snapshot
 from dbeta.trainer import Stepper
 from dbeta_kernels.ets_loss import ets_loss
 from tests.models.small import SMALL
+from tests.team import Team
 
 ROWS, WIDTH = 12, 8
-
-
-class Team:
-    """Processes that have joined a group and run what they are given; starting them is what takes time."""
-
-    def __init__(self, world: int, folder):
-        context = mp.get_context("spawn")
-        self.lines, self.processes = [], []
-        for rank in range(world):
-            mine, theirs = context.Pipe()
-            arguments = (rank, world, f"file://{folder / 'meet'}", theirs)
-            self.processes.append(context.Process(target=_member, args=arguments, daemon=True))
-            self.processes[-1].start()
-            self.lines.append(mine)
-
-    def __call__(self, function, *arguments) -> list:
-        """What ``function(ranks, *arguments)`` returns on each."""
-        for line in self.lines:
-            line.send((function, arguments))
-        results = [line.recv() for line in self.lines]
-        failed = [result for result in results if isinstance(result, str)]
-        assert not failed, failed[0]
-        return results
-
-    def end(self) -> None:
-        for line in self.lines:
-            line.send(None)
-        for process in self.processes:
-            process.join(30)
-
-
-def _member(rank: int, world: int, address: str, line) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=100))
-    while job := line.recv():
-        function, arguments = job
-        try:
-            line.send(function(Ranks(rank, world), *arguments))
-        except Exception:
-            line.send(traceback.format_exc())
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def teams(tmp_path_factory):
-    made: dict[int, Team] = {}
-
-    def team(world: int) -> Team:
-        if world not in made:
-            made[world] = Team(world, tmp_path_factory.mktemp("team"))
-        return made[world]
-
-    yield team
-    for one in made.values():
-        one.end()
 
 
 # --- the ETS loss --------------------------------------------------------------------------------------------------
@@ -236,6 +180,23 @@ def check(team: Team, config: Config, count: int = 20, bad: int = -1) -> list[di
 def test_twenty_steps_equal_one_process(world, strategy, teams):
     alone = check(teams(world), configured(TINY, strategy))
     assert alone[-1]["total"] < alone[0]["total"] - 0.1
+
+
+def compiled_steps_of(ranks: Ranks, config: Config, count: int):
+    """``steps_of`` with a compiler that only traces."""
+    runtime = dataclasses.replace(config.runtime, compile=True, compile_scope="layers")
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
+        return steps_of(ranks, dataclasses.replace(config, runtime=runtime), count)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_layers_on_two_ranks(strategy, teams):
+    """Compiled in place first, wrapped then; pairs of the whole batch take a pass without gradients as well."""
+    config = configured(TINY, strategy, accumulate=2, ets_pairs="batch")
+    alone, _ = steps_of(Ranks(), config, 2)
+    for logged, _ in teams(2)(compiled_steps_of, config, 2):
+        for ours, theirs in zip(logged, alone):
+            assert ours == pytest.approx(theirs, abs=1e-8, rel=1e-8)
 
 
 def test_every_switch_of_the_losses_on_two_ranks(teams):

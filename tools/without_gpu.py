@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,14 +40,17 @@ class Compiled(Exception):
 
 def restart_behind_stub() -> None:
     """Build the stub and start this program again behind it."""
-    if os.environ.get("DBETA_ABSENT_GPU"):
+    if folder := os.environ.get("DBETA_ABSENT_GPU"):
+        shutil.rmtree(folder)  # it is loaded
         return
     folder = Path(tempfile.mkdtemp(prefix="dbeta-absent-gpu-"))
+    if shutil.which("nvcc") is None:
+        sys.exit("Error: nvcc is not here; install the CUDA toolkit of this torch and put it on PATH")
     for name in ("libcuda.so.1", "runtime.so"):
         command = ["nvcc", "-shared", "-cudart=none", "-Xcompiler=-fPIC", f"-Xlinker=-soname,{name}"]
         subprocess.run([*command, "-o", str(folder / name), str(Path(__file__).with_name("absent_gpu.c"))], check=True)
     os.environ |= {
-        "DBETA_ABSENT_GPU": "1", "LD_PRELOAD": str(folder / "runtime.so"), "LD_LIBRARY_PATH": str(folder),
+        "DBETA_ABSENT_GPU": str(folder), "LD_PRELOAD": str(folder / "runtime.so"), "LD_LIBRARY_PATH": str(folder),
         "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     os.execv(sys.executable, [sys.executable, *sys.argv])
@@ -200,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default="uniform40")
     parser.add_argument("--provider", default="fused + compile")
-    parser.add_argument("--shapes", type=int, default=1, help="batches, each of a shape of its own in `real`")
+    parser.add_argument("--shapes", type=int, default=1, help="batches; in `real` most have a shape of their own")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="section.key=value")
     parser.add_argument("--kernels", action="store_true", help="what each kernel moves, too")
@@ -220,13 +224,16 @@ def main() -> None:
     finally:
         for row in rows:
             print(
-                f"{row['direction']:8}  library {row['library_kernels']:4} kernels {row['library_gb']:6.2f} GB   "
+                f"{row.get('text', ''):24}  {row['direction']:8}  "
+                f"library {row['library_kernels']:4} kernels {row['library_gb']:6.2f} GB   "
                 f"Triton {row['triton_kernels']:4} kernels {row['triton_gb']:6.2f} GB"
             )
             for kernel in sorted(row.get("kernels", ()), key=lambda k: -k["mb"]):
                 print(f"    {kernel['mb']:8.1f} MB  {kernel['whose']:7}  {kernel['computes']}")
         if given.out:
-            given.out.write_text(json.dumps(vars(given) | {"out": None, "rows": rows}, indent=1) + "\n")
+            given.out.write_text(
+                json.dumps({k: v for k, v in vars(given).items() if k != "out"} | {"rows": rows}, indent=1) + "\n"
+            )
 
 
 if __name__ == "__main__":

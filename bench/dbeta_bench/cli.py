@@ -1,11 +1,10 @@
 """``dbeta-bench``: every benchmark of the project, as JSON that can be compared and tabulated. No logic here."""
 
 import importlib
-from pathlib import Path
 
 import click
 
-from dbeta.one_line import Group
+from dbeta.one_line import Group, PathType
 
 BENCHMARKS = ("kernels", "attention", "loader", "negatives", "step", "ranks", "encode")
 
@@ -13,8 +12,8 @@ BENCHMARKS = ("kernels", "attention", "loader", "negatives", "step", "ranks", "e
 def _options(command):
     for option in (
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-        click.option("--against", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Older results."),
-        click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the results as JSON."),
+        click.option("--against", type=PathType(exists=True, dir_okay=False), help="Older results."),
+        click.option("--out", type=PathType(dir_okay=False), help="Write the results as JSON."),
     ):
         command = option(command)
     return command

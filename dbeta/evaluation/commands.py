@@ -5,7 +5,9 @@ from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
+from dbeta.one_line import PathType
+
+PATH = PathType()
 LEADS = ("12", "P-6", "P-3", "P-2", "P-1")  # signals.LEAD_SETS, without its imports
 DATA = "A corpus, or a folder of corpora (may be repeated)."
 SPLITS = "Folder of the published split files; without it, a set's own folds or a split by patient."

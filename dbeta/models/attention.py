@@ -100,7 +100,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """rows[inverse], where what is at cells without a row of their own is never read: no gradient comes from there."""
+    """rows[inverse]. Cells without a row of their own are never read, so no gradient is taken from there."""
 
     @staticmethod
     def forward(ctx, rows, inverse, index):

@@ -9,7 +9,7 @@ from dbeta.models.attention import Rows, attend, compute_dtype, take_rows
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation whose result has the dtype of matrix products, of which it is the input.
 
-    Under autocast its arithmetic is float32, and so would be its result; half of what moves between layers is that.
+    Under autocast its arithmetic is float32, and PyTorch's result would be: twice the bytes between layers.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -178,19 +178,52 @@ def test_graphs_of_changing_shapes(device, scope, monkeypatch):
     runtime = RuntimeConfig(compile=True, compile_scope=scope, cuda_graphs=False)
     model = network(SMALL, runtime)
     objective = Objective(model, LossConfig(), ALONE, runtime, torch.device(device))
-    graphs = []
+    graphs, counted = [], torch._dynamo.utils.counters["stats"]
     for longest in SHAPES[device]:
         batch, results = batch_of(SMALL, (longest, 5, 8, 3), text_tokens=longest + 20), []
         for context in (compilation.uncompiled(runtime), contextlib.nullcontext()):
             model.zero_grad()
+            before = counted["unique_graphs"]
             with context:
                 losses = objective(batch)
+            assert results or counted["unique_graphs"] == before, "something was compiled where nothing should be"
             losses.total.backward()
             results.append([losses.total, *(p.grad.clone() for p in model.parameters())])
         for eager, compiled in zip(*results):
             torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        graphs.append(counted["unique_graphs"])
     first, second, third, fourth = graphs
     assert first == {"step": 1, "layers": 8}[scope]  # of 12 layers, those that are called alike share one
     assert first < second == third, "a shape that has a graph was compiled again"
     assert (fourth > third) == (device == "cpu")
+
+
+def test_which_layers_are_compiled():
+    """All of them, whole, where that is the scope; and shapes stay static where results repeat bit for bit."""
+    kinds, cuda = PostNormLayer | PreNormBlock | Block, torch.device("cuda")
+    for config, expected in (
+        (RuntimeConfig(compile=True, compile_scope="layers"), {"fullgraph": True, "dynamic": None}),
+        (
+            RuntimeConfig(compile=True, compile_scope="layers", deterministic=True),
+            {"fullgraph": True, "dynamic": False},
+        ),
+        (RuntimeConfig(compile=True), None),
+        (RuntimeConfig(compile_scope="layers"), None),
+    ):
+        model, seen = network(SMALL, RuntimeConfig()), {}
+        with mock.patch.object(nn.Module, "compile", lambda layer, seen=seen, **how: seen.update({layer: how})):
+            Objective(model, LossConfig(), ALONE, config, cuda)
+        layers = {module for module in model.modules() if isinstance(module, kinds)} if expected else set()
+        assert set(seen) == layers and all(how == expected for how in seen.values())
+
+
+def test_many_shapes_of_layers_on_a_cpu(monkeypatch):
+    """Four uses of one kind of layer, each with a graph for every shape: more than torch's limits, here lowered."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    runtime = RuntimeConfig(compile=True, compile_scope="layers")
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=16):
+        objective = Objective(network(SMALL, runtime), LossConfig(), ALONE, runtime, CPU)
+        with torch.no_grad():
+            for longest in range(9, 12):
+                objective(batch_of(SMALL, (longest, 5, 8, 3), text_tokens=longest + 20))

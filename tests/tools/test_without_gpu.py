@@ -1,4 +1,7 @@
-"""Compiling for a GPU that is not there needs a torch with CUDA; what it then prints is in bench/NOTES.md."""
+"""Compiling for a GPU that is not there: with a torch built for CUDA, in its own environment, by
+
+python -m pytest -m slow tests/tools/test_without_gpu.py
+"""
 
 import subprocess
 import sys
