@@ -77,10 +77,12 @@ def _dynamic(config: RuntimeConfig, device: torch.device) -> bool | None:
 
 def _prepare(device: torch.device) -> None:
     """Room for every graph; and for C++ a cache that dies with the process, as a kill leaves half a library in it."""
-    dynamo = torch._dynamo.config
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    dynamo, shared = torch._dynamo.config, default_cache_dir()
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, GRAPHS)
-    if device.type == "cpu" and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    if device.type == "cpu" and os.environ.get("TORCHINDUCTOR_CACHE_DIR", shared) == shared:
         folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="dbeta-compiled-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
