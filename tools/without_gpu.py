@@ -43,9 +43,9 @@ def restart_behind_stub() -> None:
     if folder := os.environ.get("DBETA_ABSENT_GPU"):
         shutil.rmtree(folder)  # it is loaded
         return
-    folder = Path(tempfile.mkdtemp(prefix="dbeta-absent-gpu-"))
     if shutil.which("nvcc") is None:
         sys.exit("Error: nvcc is not here; install the CUDA toolkit of this torch and put it on PATH")
+    folder = Path(tempfile.mkdtemp(prefix="dbeta-absent-gpu-"))
     for name in ("libcuda.so.1", "runtime.so"):
         command = ["nvcc", "-shared", "-cudart=none", "-Xcompiler=-fPIC", f"-Xlinker=-soname,{name}"]
         subprocess.run([*command, "-o", str(folder / name), str(Path(__file__).with_name("absent_gpu.c"))], check=True)
@@ -140,7 +140,7 @@ def watch(rows: list[dict[str, Any]], every_kernel: bool) -> None:
 
 
 def step(
-    workload: str, provider: str, shapes: int, batch: int, settings: list[str], rows: list[dict[str, Any]]
+    workload: str, provider: str, shapes: int, records: int, settings: list[str], rows: list[dict[str, Any]]
 ) -> None:
     """Compile forward and backward for the first ``shapes`` batches of a workload."""
     import torch
@@ -154,7 +154,7 @@ def step(
     from dbeta_bench.step import PROVIDERS, Bench
 
     cuda = torch.device("cuda", 0)
-    settings = ["runtime.device=cpu", "runtime.compile=true", f"train.batch={batch}", *settings]
+    settings = ["runtime.device=cpu", "runtime.compile=true", f"train.batch={records}", *settings]
     bench = Bench("fused", workload, Config.load("paper", settings), torch.device("cpu"))
     batches = []
     for _ in range(shapes):
@@ -174,14 +174,14 @@ def step(
         objective = Objective(model, bench.config.loss, ALONE, runtime, cuda)
         for layer in objective.layers() if runtime.compile_scope == "layers" else ():
             layer._compiled_call_impl = _compiled_then_eager(layer)
-        for batch_ in batches:
-            for field in dataclasses.fields(batch_):
-                if isinstance(value := getattr(batch_, field.name), torch.Tensor):
-                    setattr(batch_, field.name, fake(value))
+        for batch in batches:
+            for field in dataclasses.fields(batch):
+                if isinstance(value := getattr(batch, field.name), torch.Tensor):
+                    setattr(batch, field.name, fake(value))
             begun, seen = time.process_time(), len(rows)
             with torch.autocast("cuda", torch.bfloat16), contextlib.suppress(Compiled):
-                objective(batch_)
-            text = f"{tuple(batch_.text_ids.shape)}, {batch_.text_tokens} tokens"
+                objective(batch)
+            text = f"{tuple(batch.text_ids.shape)}, {batch.text_tokens} tokens"
             for row in rows[seen:]:
                 row["text"] = text
             print(f"text {text}: {len(rows) - seen} graphs, {time.process_time() - begun:.0f} s")

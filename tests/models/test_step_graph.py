@@ -152,6 +152,8 @@ def test_under_autocast_layers_hand_on_bf16(removals):
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm | RmsNorm | PostNormLayer | PreNormBlock | Block):
             module.register_forward_hook(lambda *a, name=name: handed.__setitem__(name, a[2].dtype))
+        if isinstance(module, PostNormLayer):
+            module.register_forward_hook(lambda *a, name=name: handed.__setitem__(f"{name}, given", a[1][0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         pretraining_losses(model, batch, LossConfig())
     wide = {name for name, dtype in handed.items() if dtype != torch.bfloat16}

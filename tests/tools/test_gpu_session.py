@@ -54,6 +54,10 @@ def test_no_part_takes_another_with_it(tmp_path):
     assert "good" in done.stdout.splitlines()[-1]
 
 
+def test_it_ends_in_ten_minutes():
+    assert sum(seconds for _, seconds in gpu_session.PARTS.values()) <= 560
+
+
 @pytest.mark.parametrize("names", [list(gpu_session.PARTS), ["step", "training"]])
 def test_parts_share_the_limit(names, tmp_path, monkeypatch):
     """Time does not pass here: what a part leaves comes to the next, so the last could have all of it."""
